@@ -1,0 +1,1 @@
+"""From latents to explanations and scores: examples, explaining, simulation."""

@@ -1,0 +1,23 @@
+"""The prompts, one text file each; a prompt's hash goes into every row that it helped to make."""
+
+import hashlib
+from pathlib import Path
+
+__all__ = ["prompt", "prompt_hash", "prompts_fingerprint"]
+
+_FOLDER = Path(__file__).parent
+
+
+def prompt(name: str) -> str:
+    """The template `name`, with `str.format` placeholders."""
+    return (_FOLDER / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def prompt_hash(name: str) -> str:
+    """The first 12 hex digits of a template's SHA-256."""
+    return hashlib.sha256(prompt(name).encode()).hexdigest()[:12]
+
+
+def prompts_fingerprint() -> str:
+    """One hash over all templates."""
+    return hashlib.sha256("".join(prompt_hash(path.stem) for path in sorted(_FOLDER.glob("*.txt"))).encode()).hexdigest()

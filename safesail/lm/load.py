@@ -1,0 +1,86 @@
+"""Loading a causal language model and its tokenizer from a folder or the Hub, and telling one from another."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safesail.errors import InputError
+
+__all__ = ["causal_lm", "files_fingerprint", "load_tokenizer", "model_fingerprint", "tokenizer_hash"]
+
+_BLOCK = 1 << 16
+
+
+def causal_lm(path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """The causal LM at `path` (a transformers folder or a Hub id), in evaluation mode, without gradients."""
+    from transformers import AutoModelForCausalLM
+
+    _check_weights(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model {path} cannot be loaded: {_first_line(error)}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
+    """The tokenizer at `path`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A SHA-256 of the vocabulary, by which a release recognises the tokenizer its SAEs were trained with."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
+
+
+def model_fingerprint(path: str, revision: str | None = None) -> str:
+    """What tells one set of weights from another: the id and revision, or the folder's files."""
+    if not Path(path).is_dir():
+        return f"{path}@{revision or 'main'}"
+    _check_weights(path)
+    names = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+    return files_fingerprint(sorted(file for name in names for file in Path(path).glob(name)))
+
+
+def files_fingerprint(files: list[Path]) -> str:
+    """A SHA-256 over names, sizes and contents; of files above 32 MiB, 512 evenly spaced blocks stand for the whole."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with open(file, "rb") as handle:
+            if size <= 32 << 20:
+                digest.update(handle.read())
+                continue
+            for i in range(512):
+                handle.seek(i * (size - _BLOCK) // 511)
+                digest.update(handle.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _check_weights(path: str) -> None:
+    folder = Path(path)
+    if not folder.is_dir():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise InputError(f"the model folder {path} does not exist; `bash scripts/demo` makes the embedded one.")
+        return
+    if not (folder / "config.json").is_file():
+        raise InputError(f"the model folder {path} has no config.json, so it is not a transformers model.")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"the model folder {path} has no weights (*.safetensors); pickled weights are not read. "
+            "Save the model again with save_pretrained."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

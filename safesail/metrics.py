@@ -1,0 +1,192 @@
+"""The arithmetic of every published number, as pure functions. Each metric has a definition id."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DEFINITIONS",
+    "Interval",
+    "auroc",
+    "bootstrap_mean",
+    "ce_recovered",
+    "contrast",
+    "distinguishing_frequency",
+    "explained_variance",
+    "i_cdf",
+    "l0_above",
+    "normaliser",
+    "pearson",
+    "pearson_interval",
+    "quantiles_of_sparse",
+    "sign_test",
+]
+
+DEFINITIONS = {
+    "explained_variance/v1": "1 - sum ||x - x_hat||^2 / sum ||x - mean x||^2, over held-out tokens",
+    "l0/v1": "mean number of latents above zero per held-out token",
+    "dead/v1": "share of latents that fire on none of the harvested tokens",
+    "ce_recovered/v1": "(CE with the output zeroed - CE with the SAE) / (CE with the output zeroed - CE unchanged); "
+    "tokens left out by the token policy keep their own activation",
+    "l0_t/v1": "number of latents whose distinguishing frequency f_j exceeds t, averaged over concept categories; "
+    "f_j = share of pairs with max activation > 0 on the query with the concept and = 0 on the one without",
+    "i_cdf/v1": "mean distinguishing frequency over all latents, averaged over concept categories "
+    "(= the integral of 1 - CDF(f))",
+    "simulation/v1": "Pearson correlation of simulated and true segment activity over concatenated held-out texts",
+}
+
+
+class Interval(NamedTuple):
+    """An estimate with a 95 % bootstrap interval; all three None where it is undefined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+# --- reconstruction -----------------------------------------------------------------------------------------------
+
+
+def explained_variance(x: Tensor, x_hat: Tensor) -> float:
+    """1 - residual / total variance. x, x_hat: (n_tokens, d_in). The mean predictor gives 0, the identity 1."""
+    residual = (x - x_hat).double().square().sum()
+    total = (x - x.mean(0)).double().square().sum()
+    return float(1 - residual / total)
+
+
+def ce_recovered(clean: float, zeroed: float, spliced: float) -> float | None:
+    """The share of the cross entropy lost by zeroing that the SAE keeps; None where zeroing costs nothing."""
+    return (zeroed - spliced) / (zeroed - clean) if zeroed > clean else None
+
+
+# --- concept contrast (Safe-SAIL; the formulas are our reading of its two sentences, see the docstrings) ----------
+
+
+def contrast(with_concept: Tensor, without: Tensor) -> Tensor:
+    """Which latents distinguish which pair: active with the concept and silent without it.
+
+    with_concept, without: (n_pairs, d_sae), each row the maximum activation over a query's tokens. Returns bool of
+    the same shape. Safe-SAIL does not publish the activity test or the reduction over tokens; `> 0` and `max` are ours.
+    """
+    return (with_concept > 0) & (without <= 0)
+
+
+def distinguishing_frequency(distinguishes: Tensor) -> Tensor:
+    """f_j, the share of pairs that latent j distinguishes. distinguishes: (n_pairs, d_sae) → (d_sae,)."""
+    return distinguishes.float().mean(0)
+
+
+def l0_above(frequency: Tensor, threshold: float) -> int:
+    """L_{0,t} = |{j : f_j > t}|, the number of latents that distinguish the concept. frequency: (d_sae,)."""
+    return int((frequency > threshold).sum())
+
+
+def i_cdf(frequency: Tensor) -> float:
+    """I_CDF = E_j[f_j] = the integral over t in [0, 1] of (1 - CDF(t)). frequency: (d_sae,)."""
+    return float(frequency.double().mean())
+
+
+def sign_test(wins: Tensor, losses: Tensor) -> Tensor:
+    """One-sided p-value that `wins` of wins + losses fair coin tosses, or more, come up. Both: (n,) integer counts."""
+    n = wins + losses
+    p_values = torch.ones(len(wins), dtype=torch.float64)
+    for i, (won, total) in enumerate(zip(wins.tolist(), n.tolist(), strict=True)):
+        if total:
+            log_choose = [_log_choose(total, m) for m in range(won, total + 1)]
+            p_values[i] = torch.tensor(log_choose, dtype=torch.float64).exp().sum() * 0.5**total
+    return p_values.clamp(max=1.0)
+
+
+def _log_choose(n: int, m: int) -> float:
+    terms = torch.tensor([n + 1, m + 1, n - m + 1], dtype=torch.float64).lgamma()
+    return float(terms[0] - terms[1] - terms[2])
+
+
+# --- activations --------------------------------------------------------------------------------------------------
+
+
+def normaliser(q999: Tensor, median_active: Tensor) -> Tensor:
+    """Q_j, the activation that is shown as 1. q999, median_active: (d_sae,).
+
+    Safe-SAIL divides by the 0.999 quantile over all tokens, which is zero for a latent active on fewer than one token
+    in a thousand: just the rare safety concepts. The median of the non-zero activations bounds it from below; at a
+    firing rate of 0.2 % the two agree, so the rule has no jump. Zero only for a latent that never fired.
+    """
+    return torch.maximum(q999, median_active)
+
+
+def quantiles_of_sparse(active: Tensor, n_tokens: int, levels: tuple[float, ...]) -> list[float]:
+    """Exact quantiles over all tokens of one latent from its non-zero activations alone; zeros are counted, not stored.
+
+    active: (n_active,) in ascending order, n_active ≤ n_tokens. The q-quantile is the smallest value v such that at
+    least q·n_tokens tokens are ≤ v (numpy's `inverted_cdf`).
+    """
+    n_zero = n_tokens - len(active)
+    ranks = [max(math.ceil(level * n_tokens - 1e-9), 1) for level in levels]
+    return [0.0 if rank <= n_zero else float(active[rank - n_zero - 1]) for rank in ranks]
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def pearson(a: Tensor, b: Tensor) -> float | None:
+    """The correlation of two vectors, or None (undefined, never zero) when either is constant. a, b: (n,)."""
+    if len(a) < 2:
+        return None
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    scale = a.norm() * b.norm()
+    return float((a @ b / scale).clamp(-1, 1)) if scale > 1e-12 else None
+
+
+def pearson_interval(a: Tensor, b: Tensor, groups: Tensor, *, n_resamples: int = 500, seed: int = 0) -> Interval:
+    """The correlation with a 95 % interval from resampling whole groups (texts). a, b, groups: (n,).
+
+    Segments of one text are not independent, so texts are drawn, not segments. Resamples in which a side is constant
+    are left out of the interval.
+    """
+    value = pearson(a, b)
+    if value is None:
+        return Interval(None, None, None)
+    _, group = torch.unique(groups, return_inverse=True)
+    counts = _resampled_counts(int(group.max()) + 1, n_resamples, seed)[:, group]  # (n_resamples, n)
+    a, b, total = a.double(), b.double(), counts.sum(1)
+    mean_a, mean_b = counts @ a / total, counts @ b / total
+    cov = counts @ (a * b) / total - mean_a * mean_b
+    var = (counts @ (a * a) / total - mean_a**2).clamp(min=0) * (counts @ (b * b) / total - mean_b**2).clamp(min=0)
+    samples = (cov / var.sqrt())[var > 1e-18].clamp(-1, 1)
+    return _with_quantiles(value, samples)
+
+
+def bootstrap_mean(values: Tensor, *, n_resamples: int = 1000, seed: int = 0) -> Interval:
+    """The mean with a 95 % bootstrap interval. values: (n,)."""
+    if len(values) == 0:
+        return Interval(None, None, None)
+    counts = _resampled_counts(len(values), n_resamples, seed)
+    return _with_quantiles(float(values.double().mean()), counts @ values.double() / len(values))
+
+
+def auroc(scores: Tensor, truth: Tensor) -> float | None:
+    """The probability that an active item outscores a silent one, ties counting half; None without both kinds."""
+    positive, negative = scores[truth > 0].double(), scores[truth <= 0].double()
+    if not len(positive) or not len(negative):
+        return None
+    order = negative.sort().values
+    below = torch.searchsorted(order, positive, right=False).double()
+    upto = torch.searchsorted(order, positive, right=True).double()
+    return float(((below + upto) / 2).mean() / len(negative))
+
+
+def _resampled_counts(n: int, n_resamples: int, seed: int) -> Tensor:
+    """How often each of n items is drawn in each resample: (n_resamples, n), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(n, (n_resamples, n), generator=generator)
+    return torch.zeros(n_resamples, n, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
+
+
+def _with_quantiles(value: float, samples: Tensor) -> Interval:
+    if len(samples) < 20:
+        return Interval(value, None, None)
+    low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype)).tolist()
+    return Interval(value, low, high)

@@ -1,0 +1,129 @@
+"""A published folder, read the same way whether it is a local folder or a repository on the Hub.
+
+Every reader of this package (`Sae.from_pretrained`, `NeuronDatabase.load`, `Inspector.from_pretrained`) asks a
+`Repository` for files by name and never learns which of the two it was.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safesail.errors import InputError
+
+__all__ = ["Repository", "part_of_release"]
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Files below `source`: an existing local folder, or a Hub repository id.
+
+    The keyword arguments mean what they mean in `transformers` and `huggingface_hub`; they are ignored for a folder.
+    """
+
+    source: str
+    repo_type: str = "model"
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or None when `source` is a Hub id."""
+        path = Path(self.source).expanduser()
+        return path if path.is_dir() else None
+
+    def file(self, name: str) -> Path:
+        """The local path of the file `name`; raises InputError saying which part is missing and what to do."""
+        _refuse_traversal(name)
+        folder = self.folder
+        if folder is not None:
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} has no file {name}; it holds {_listing(folder)}.")
+            return folder / name
+        return self._download(name)
+
+    def json(self, name: str) -> Any:
+        """The decoded content of the JSON file `name`."""
+        path = self.file(name)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not valid JSON ({error}); fetch or build it again.") from error
+
+    def _download(self, name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        where = f"{self.source}" + (f" at revision {self.revision}" if self.revision else "")
+        try:
+            return Path(
+                hf_hub_download(
+                    self.source,
+                    name,
+                    repo_type=self.repo_type,
+                    revision=self.revision,
+                    token=self.token,
+                    cache_dir=self.cache_dir,
+                    force_download=self.force_download,
+                    local_files_only=self.local_files_only,
+                    library_name="safesail",
+                )
+            )
+        except HFValidationError as error:
+            raise InputError(f"{self.source!r} is neither an existing folder nor a Hub id like org/name.") from error
+        except GatedRepoError as error:
+            raise InputError(
+                f"{where} is gated: ask for access on its page on the Hub, then type `hf auth login`."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise InputError(
+                f"{where} is neither a folder here nor a {self.repo_type} repository you can read on the Hub; "
+                "check the spelling, or type `hf auth login` if it is private."
+            ) from error
+        except RevisionNotFoundError as error:
+            raise InputError(f"{self.source} has no revision {self.revision!r} on the Hub.") from error
+        except LocalEntryNotFoundError as error:
+            raise InputError(
+                f"{name} of {where} is not in the local cache and cannot be downloaded now; "
+                "connect to the Hub once, or give a local folder."
+            ) from error
+        except EntryNotFoundError as error:
+            raise InputError(f"{where} has no file {name}; is it a release of safesail?") from error
+        except (HfHubHTTPError, OSError) as error:
+            raise InputError(f"{name} of {where} could not be read from the Hub: {error}") from error
+
+
+def part_of_release(release: str | Path, part: str) -> str:
+    """The source of one part (`saes`, `neurons`, `examples`) of a release.
+
+    A run folder `runs/demo` has the parts as sub-folders; a Hub release `org/name` has them as `org/name-saes` and so
+    on. A folder or id that already is the part is taken as it is.
+    """
+    folder = Path(release).expanduser()
+    if folder.is_dir():
+        return str(folder / part) if (folder / part).is_dir() else str(folder)
+    name = str(release)
+    return name if name.endswith(f"-{part}") else f"{name}-{part}"
+
+
+def _refuse_traversal(name: str) -> None:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith(("/", "~")) or ".." in parts or "\\" in name or "\x00" in name:
+        raise InputError(f"{name!r} is not a relative path inside a repository.")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    shown = ", ".join(names[:12]) or "nothing"
+    return shown + (f" and {len(names) - 12} more" if len(names) > 12 else "")

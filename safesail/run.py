@@ -1,0 +1,213 @@
+"""A run folder: the release in the making. Stages, their records, and what is done, stale or missing.
+
+    runs/<release>/
+    ├── run.json     the recipe as used and one record per finished stage
+    ├── saes/ neurons/ examples/ inspector/     one sub-folder per Hub repository: what `build` makes
+    └── scratch/     one folder per stage (its result and its record), and the unfinished stage's partial work
+
+A stage works in `scratch/.<stage>.partial`, puts its record into that folder and renames it: a result and its record
+appear together or not at all. A stage is *done* when its record's fingerprint equals the fingerprint that the recipe
+and the stages before it now give, *stale* when it differs, else *missing*.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safesail.errors import InputError
+from safesail.recipe import Recipe, differences
+
+__all__ = ["PARTS", "STAGES", "Run", "Stage", "StageWork", "fingerprint", "write_json"]
+
+SCHEMA = 1
+PARTS = ("saes", "neurons", "examples", "inspector")
+
+
+class Stage(NamedTuple):
+    """A step of the pipeline: the recipe sections that decide it and the stages whose results it reads."""
+
+    name: str
+    sections: tuple[str, ...]
+    after: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+    """Names of outside inputs (the model, the texts) whose fingerprints the pipeline supplies."""
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("harvest", ("seed", "model", "tokens", "corpus", "harvest"), (), ("model", "texts", "taxonomy")),
+        Stage("train", ("seed", "train"), ("harvest",)),
+        Stage("eval", ("eval",), ("harvest", "train")),
+        Stage("select", ("select",), ("train", "eval"), ("pairs",)),
+        Stage("collect", ("seed", "collect"), ("harvest", "select")),
+        Stage("explain", ("explain",), ("collect",), ("encoder", "taxonomy", "prompts")),
+        Stage("score", ("seed", "score"), ("harvest", "collect", "explain"), ("encoder", "prompts")),
+        Stage("build", ("name", "publish"), ("eval", "select", "collect", "explain", "score"), ("cards", "space")),
+    )
+}
+
+
+@dataclass
+class StageWork:
+    """What a running stage is given: its folder to write in, and a place for the facts that go into its record."""
+
+    folder: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One run folder and the recipe it is made from."""
+
+    folder: Path
+    recipe: Recipe
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the outside inputs, by name."""
+
+    @classmethod
+    def create(cls, folder: str | Path, recipe: Recipe, *, adopt: bool = False) -> "Run":
+        """Start a run in `folder`, or go on with the one there; a folder of another recipe is refused unless `adopt`."""
+        run = cls(Path(folder), recipe)
+        if run.ledger.is_file():
+            changes = differences(_read_ledger(run.ledger)["recipe"], recipe.dump())
+            if changes and not adopt:
+                raise InputError(
+                    f"{folder} was made with another recipe: {'; '.join(changes)}. Give another folder with --out, "
+                    "or add --adopt to keep what still holds and make the rest anew."
+                )
+        elif run.folder.is_dir() and any(run.folder.iterdir()):
+            raise InputError(f"{folder} is not empty and has no run.json; give another folder with --out.")
+        (run.folder / "scratch").mkdir(parents=True, exist_ok=True)
+        run.write_ledger()
+        return run
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """The run in an existing folder, with the recipe it was made from."""
+        path = Path(folder) / "run.json"
+        if not path.is_file():
+            raise InputError(f"{folder} has no run.json, so it is not a run; type `safesail run RECIPE --out {folder}`.")
+        return cls(Path(folder), Recipe.parse(_read_ledger(path)["recipe"], str(path)))
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "run.json"
+
+    @property
+    def scratch(self) -> Path:
+        return self.folder / "scratch"
+
+    def result(self, stage: str) -> Path:
+        """The folder of a finished stage; raises InputError naming the command that makes it."""
+        path = self.scratch / stage
+        if not (path / "stage.json").is_file():
+            raise InputError(f"{self.folder} has no result of {stage} yet; type `safesail {stage} {self.folder}`.")
+        return path
+
+    def part(self, name: str) -> Path:
+        """The folder of one Hub repository: saes, neurons, examples or inspector."""
+        return self.folder / name
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """The record of a finished stage, or None."""
+        path = self.scratch / stage / "stage.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def expected_fingerprint(self, stage: str) -> str:
+        """The fingerprint that the recipe, the outside inputs and the stages before give for `stage`."""
+        definition, recipe = STAGES[stage], self.recipe.dump()
+        return fingerprint(
+            SCHEMA,
+            stage,
+            {name: recipe[name] for name in definition.sections},
+            {name: self.inputs.get(name) for name in definition.inputs},
+            {name: self.expected_fingerprint(name) for name in definition.after},
+        )
+
+    def state(self, stage: str) -> str:
+        """`done`, `stale` or `missing`."""
+        record = self.record(stage)
+        if record is None:
+            return "missing"
+        return "done" if record["fingerprint"] == self.expected_fingerprint(stage) else "stale"
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[StageWork]:
+        """Work on a stage in its partial folder; on leaving without error the folder becomes the stage's result.
+
+        An earlier, interrupted attempt with the same fingerprint leaves its partial work in place to go on with; one
+        with another fingerprint is removed.
+        """
+        expected = self.expected_fingerprint(name)
+        partial = self._partial(name, expected)
+        work, started = StageWork(partial), time.monotonic()
+        yield work
+        record = {"stage": name, "fingerprint": expected, "seconds": round(time.monotonic() - started, 1), **work.facts}
+        write_json(partial / "stage.json", record)
+        (partial / "fingerprint").unlink()
+        final = self.scratch / name
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        self.write_ledger()
+
+    def _partial(self, name: str, expected: str) -> Path:
+        partial = self.scratch / f".{name}.partial"
+        mark = partial / "fingerprint"
+        if not (mark.is_file() and mark.read_text() == expected):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            mark.write_text(expected)
+        return partial
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second process from working in the same folder."""
+        with open(self.scratch / "lock", "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"another process is working in {self.folder}; wait for it or stop it.") from error
+            yield
+
+    def write_ledger(self) -> None:
+        """Write run.json: the recipe and the records of the finished stages."""
+        records = {name: record for name in STAGES if (record := self.record(name)) is not None}
+        write_json(self.ledger, {"schema": SCHEMA, "recipe": self.recipe.dump(), "stages": records})
+
+
+def fingerprint(*values: Any) -> str:
+    """A SHA-256 over JSON values, the same for equal values."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old one or the whole new one, also after a crash."""
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=2, ensure_ascii=False)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.rename(path)
+
+
+def _read_ledger(path: Path) -> dict[str, Any]:
+    try:
+        ledger = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); restore it or give another folder with --out.") from error
+    if ledger.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path} has schema {ledger.get('schema')!r}; this safesail reads schema {SCHEMA}. Install the version that made it."
+        )
+    return ledger

@@ -1,0 +1,113 @@
+"""What an SAE is: its shape, where it reads, and which tokens it was trained on. Stored as `cfg.json`."""
+
+from typing import Any
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from safesail.errors import InputError
+from safesail.recipe import TokenPolicy
+
+__all__ = ["SaeConfig"]
+
+# The keys that SAELens (v6) needs around ours so that it reads the same file unchanged.
+_SAELENS = {
+    "device": "cpu",
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+    "rescale_acts_by_decoder_norm": False,
+}
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class SaeConfig:
+    """Shape, sparsity, hook point and token policy of one SAE."""
+
+    d_in: int = Field(ge=1)
+    d_sae: int = Field(ge=1)
+    k: int = Field(ge=1)
+    hook_point: str
+    architecture: str = "topk"
+    dtype: str = "float32"
+    model_name: str = ""
+    token_policy: TokenPolicy = TokenPolicy()
+    median_norm: float | None = None
+    """The median activation norm at the hook point, to which `token_policy.sink_norm_multiple` refers."""
+
+    @model_validator(mode="after")
+    def _valid(self) -> "SaeConfig":
+        if self.k > self.d_sae:
+            raise ValueError(f"k = {self.k} exceeds d_sae = {self.d_sae}")
+        if self.architecture != "topk":
+            raise ValueError(f"architecture {self.architecture!r} is unknown; known: topk")
+        return self
+
+    @property
+    def variant(self) -> str:
+        """The folder name below the hook point: architecture, configured sparsity and width, as `topk-k32-w4608`."""
+        width = f"{self.d_sae // 1024}k" if self.d_sae % 1024 == 0 and self.d_sae >= 16384 else str(self.d_sae)
+        return f"{self.architecture}-k{self.k}-w{width}"
+
+    @property
+    def sae_id(self) -> str:
+        """Hook point and variant, as `layers.9.mlp/topk-k32-w4608`."""
+        return f"{self.hook_point}/{self.variant}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `cfg.json`, which SAELens reads unchanged."""
+        return {
+            "architecture": self.architecture,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "k": self.k,
+            "dtype": self.dtype,
+            **_SAELENS,
+            "metadata": {
+                "model_name": self.model_name,
+                "hook_name": _transformer_lens_name(self.hook_point),
+                "hf_hook_name": f"model.{self.hook_point}",
+                "hook_point": self.hook_point,
+                "token_policy": self.token_policy.model_dump(),
+                "median_norm": self.median_norm,
+                "exclude_special_tokens": self.token_policy.exclude_special,
+                "prepend_bos": False,
+            },
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], origin: str) -> "SaeConfig":
+        """The config in a decoded `cfg.json`; InputError says which key is wrong."""
+        metadata = data.get("metadata") or {}
+        foreign = {key: data[key] for key, value in _SAELENS.items() if key != "device" and data.get(key, value) != value}
+        if foreign:
+            raise InputError(f"{origin} asks for {foreign}, which safesail does not apply; it reads plain topk SAEs.")
+        try:
+            return cls(
+                d_in=data["d_in"],
+                d_sae=data["d_sae"],
+                k=data["k"],
+                architecture=data["architecture"],
+                dtype=data.get("dtype", "float32"),
+                hook_point=metadata.get("hook_point") or str(metadata.get("hf_hook_name", "")).removeprefix("model."),
+                model_name=metadata.get("model_name") or "",
+                token_policy=TokenPolicy.model_validate(metadata.get("token_policy") or {}),
+                median_norm=metadata.get("median_norm"),
+            )
+        except KeyError as error:
+            raise InputError(f"{origin} lacks the key {error}.") from error
+        except ValidationError as error:
+            raise InputError(f"{origin}: {'; '.join(problem['msg'] for problem in error.errors())}.") from error
+
+
+def _transformer_lens_name(hook_point: str) -> str:
+    """The TransformerLens name of a hook point where it has one, else the module path."""
+    parts = hook_point.split(".")
+    if len(parts) >= 2 and parts[-2 if len(parts) > 2 else -1].isdigit():
+        layer = parts[1]
+        kind = {2: "hook_resid_post"}.get(len(parts)) or {"mlp": "hook_mlp_out", "self_attn": "hook_attn_out"}.get(
+            parts[-1]
+        )
+        if kind:
+            return f"blocks.{layer}.{kind}"
+    return hook_point

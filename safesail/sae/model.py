@@ -1,0 +1,180 @@
+"""The sparse autoencoder itself, and reading one from a folder or the Hub."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from safesail.errors import InputError
+from safesail.repository import Repository
+from safesail.run import write_json
+from safesail.sae.config import SaeConfig
+from safesail.sae.sparse import Codes, decode, topk
+
+__all__ = ["Sae"]
+
+CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+
+
+class Sae(nn.Module):
+    """A TopK sparse autoencoder (Safe-SAIL, A2 of its public code; Gao et al. 2024).
+
+        a     = (x - b_dec) W_enc + b_enc
+        z     = TopKReLU_k(a):  the k largest a_j of the token, negative ones set to zero
+        x_hat = z W_dec + b_dec
+
+    W_enc: (d_in, d_sae), b_enc: (d_sae,), W_dec: (d_sae, d_in) with rows of unit norm, b_dec: (d_in,).
+    x has any leading dimensions: x: (..., d_in), z: (..., d_sae).
+    """
+
+    def __init__(self, config: SaeConfig, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.W_enc = nn.Parameter(W_enc, requires_grad=False)
+        self.b_enc = nn.Parameter(b_enc, requires_grad=False)
+        self.W_dec = nn.Parameter(W_dec, requires_grad=False)
+        self.b_dec = nn.Parameter(b_dec, requires_grad=False)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The latents of each token. x: (..., d_in) → (..., d_sae)."""
+        codes = self.encode_sparse(x)
+        return codes.dense(self.config.d_sae).reshape(*x.shape[:-1], self.config.d_sae)
+
+    def encode_sparse(self, x: Tensor) -> Codes:
+        """The active latents of each token, without the zeros. x: (..., d_in) → values, indices: (n_tokens, k)."""
+        return topk(self.pre_activations(x), self.config.k)
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """a = (x - b_dec) W_enc + b_enc, flattened to (n_tokens, d_sae)."""
+        flat = x.reshape(-1, self.config.d_in).to(self.W_enc.dtype)
+        return torch.addmm(self.b_enc, flat - self.b_dec, self.W_enc)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """x_hat = z W_dec + b_dec. latents: (..., d_sae) → (..., d_in)."""
+        return latents @ self.W_dec + self.b_dec
+
+    def decode_sparse(self, codes: Codes) -> Tensor:
+        """x_hat from active latents only: (n_tokens, d_in)."""
+        return decode(codes, self.W_dec) + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction. x: (..., d_in) → (..., d_in)."""
+        return self.decode_sparse(self.encode_sparse(x)).reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.config.sae_id}, d_in={self.config.d_in}, d_sae={self.config.d_sae}, k={self.config.k}"
+
+    def save(self, folder: Path, firing_rates: Tensor | None = None) -> None:
+        """Write cfg.json and sae_weights.safetensors (and log10 firing rates, as SAELens does) into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG_FILE, self.config.to_json())
+        save_file({name: value.detach().contiguous() for name, value in self.named_parameters()}, folder / WEIGHTS_FILE)
+        if firing_rates is not None:
+            save_file({"sparsity": (firing_rates.float() + 1e-10).log10().contiguous()}, folder / SPARSITY_FILE)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        sae_id: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "Sae":
+        """The SAE `sae_id` of a release's `saes` folder or Hub repository.
+
+        `sae_id` is a hook point (`layers.9.mlp`: its selected variant) or hook point and variant
+        (`layers.9.mlp/topk-k32-w4608`). The other arguments mean what they mean in transformers.
+        """
+        repository = Repository(
+            str(path_or_repo), "model", revision, token, cache_dir, force_download, local_files_only
+        )
+        return cls._read(repository, _resolve(repository.json("config.json"), sae_id, repository.source), device, dtype)
+
+    @classmethod
+    def load_all(cls, path_or_repo: str | Path, **kwargs: Any) -> dict[str, "Sae"]:
+        """The selected SAE of every hook point, {hook point: Sae}; keyword arguments as in `from_pretrained`."""
+        options = {key: kwargs.pop(key) for key in ("device", "dtype") if key in kwargs}
+        repository = Repository(str(path_or_repo), "model", **kwargs)
+        selected = _manifest_part(repository.json("config.json"), "selected", repository.source)
+        return {
+            hook_point: cls._read(repository, sae_id, options.get("device", "cpu"), options.get("dtype", torch.float32))
+            for hook_point, sae_id in selected.items()
+        }
+
+    @classmethod
+    def _read(
+        cls, repository: Repository, sae_id: str, device: str | torch.device, dtype: torch.dtype
+    ) -> "Sae":
+        config = SaeConfig.from_json(
+            repository.json(f"{sae_id}/{CONFIG_FILE}"), f"{repository.source}/{sae_id}/{CONFIG_FILE}"
+        )
+        return cls.load(repository.file(f"{sae_id}/{WEIGHTS_FILE}"), config).to(device=device, dtype=dtype)
+
+    @classmethod
+    def load(cls, weights: Path, config: SaeConfig) -> "Sae":
+        """The SAE in a safetensors file, checked against `config`: names, shapes and finiteness."""
+        shapes = {
+            "W_enc": (config.d_in, config.d_sae),
+            "b_enc": (config.d_sae,),
+            "W_dec": (config.d_sae, config.d_in),
+            "b_dec": (config.d_in,),
+        }
+        try:
+            with safe_open(weights, framework="pt") as handle:
+                tensors = {name: handle.get_tensor(name) for name in shapes if name in handle.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise InputError(f"{weights} is not a readable safetensors file ({error}); download it again.") from error
+        for name, shape in shapes.items():
+            if name not in tensors:
+                raise InputError(f"{weights} has no tensor {name}; it holds {', '.join(sorted(tensors)) or 'none of ours'}.")
+            if tuple(tensors[name].shape) != shape:
+                raise InputError(
+                    f"{weights}: {name} is {tuple(tensors[name].shape)}, but its cfg.json says {shape} "
+                    f"(d_in = {config.d_in}, d_sae = {config.d_sae}); the two files do not belong together."
+                )
+            if not math.isfinite(float(tensors[name].sum())):
+                raise InputError(f"{weights}: {name} holds values that are not finite; the file is damaged.")
+        return cls(config, **tensors)
+
+
+def read_config(folder: Path) -> SaeConfig:
+    """The config of the SAE saved in a local folder."""
+    path = folder / CONFIG_FILE
+    return SaeConfig.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def read(folder: Path) -> Sae:
+    """The SAE saved in a local folder by `Sae.save`."""
+    return Sae.load(folder / WEIGHTS_FILE, read_config(folder))
+
+
+def _resolve(manifest: Any, sae_id: str | None, source: str) -> str:
+    """The full id (hook point and variant) that a possibly shorter id means in a release's manifest."""
+    selected = _manifest_part(manifest, "selected", source)
+    known = [sae["id"] for sae in _manifest_part(manifest, "saes", source)]
+    if sae_id is None and len(selected) == 1:
+        return next(iter(selected.values()))
+    if sae_id in selected:
+        return selected[sae_id]
+    if sae_id in known:
+        return str(sae_id)
+    raise InputError(
+        f"{source} has no SAE {sae_id!r}. Hook points: {', '.join(selected)}. All SAEs: {', '.join(known)}."
+    )
+
+
+def _manifest_part(manifest: Any, key: str, source: str) -> Any:
+    if not isinstance(manifest, dict) or key not in manifest:
+        raise InputError(f"{source}/config.json is not the manifest of a safesail release: it has no {key!r}.")
+    return manifest[key]
