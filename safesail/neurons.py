@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from safesail.errors import InputError
 from safesail.repository import Repository, part_of_release
 
@@ -74,15 +72,15 @@ class NeuronDatabase:
         """
         repository = Repository(part_of_release(path_or_repo, "neurons"), "dataset", **kwargs)
         scores: dict[str, list[dict[str, Any]]] = {}
-        for row in _rows(repository, "scores/train.parquet"):
+        for row in repository.table("scores/train.parquet"):
             scores.setdefault(row["neuron_id"], []).append(row)
         explanations: dict[str, dict[str, dict[str, Any]]] = {}
         for language in repository.json("languages.json"):
-            for row in _rows(repository, f"explanations/{language}.parquet"):
+            for row in repository.table(f"explanations/{language}.parquet"):
                 explanations.setdefault(row["neuron_id"], {})[language] = row
         return cls(
-            neurons={row["neuron_id"]: row for row in _rows(repository, "neurons/train.parquet")},
-            quantiles={row["neuron_id"]: row for row in _rows(repository, "quantiles/train.parquet")},
+            neurons={row["neuron_id"]: row for row in repository.table("neurons/train.parquet")},
+            quantiles={row["neuron_id"]: row for row in repository.table("quantiles/train.parquet")},
             scores=scores,
             explanations=explanations,
             source=repository.source,
@@ -142,11 +140,3 @@ class NeuronDatabase:
 
         found = [row for row in self if matches(row)]
         return sorted(found, key=lambda row: (-(row["score"] if row["score"] is not None else -2), row["neuron_id"]))
-
-
-def _rows(repository: Repository, name: str) -> list[dict[str, Any]]:
-    path = repository.file(name)
-    try:
-        return pq.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a readable parquet file ({error}); build or download it again.") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from safesail.errors import InputError
 
-__all__ = ["Repository", "part_of_release"]
+__all__ = ["Repository", "part_of_release", "read_table"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ class Repository:
             return json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not valid JSON ({error}); fetch or build it again.") from error
+
+    def table(self, name: str) -> list[dict[str, Any]]:
+        """The rows of the parquet file `name`."""
+        return read_table(self.file(name))
 
     def _download(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
@@ -102,6 +106,16 @@ class Repository:
             raise InputError(f"{where} has no file {name}; is it a release of safesail?") from error
         except (HfHubHTTPError, OSError) as error:
             raise InputError(f"{name} of {where} could not be read from the Hub: {error}") from error
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet file as dictionaries."""
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a readable parquet file ({error}); build or download it again.") from error
 
 
 def part_of_release(release: str | Path, part: str) -> str:

@@ -133,7 +133,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 _NOTES = {"title", "description", "default", "examples"}
 _LIMITS = {"minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems"}
-_SHAPES = {"type", "enum", "const", "properties", "required", "additionalProperties", "items"}
+_SHAPES = {"type", "enum", "properties", "required", "additionalProperties", "items"}
 KEYWORDS = frozenset(_NOTES | _LIMITS | _SHAPES)
 """The JSON schema keywords that may be used (`additionalProperties` as true or false, `items` as one schema)."""
 
@@ -144,13 +144,15 @@ def mismatch(value: Any, schema: dict[str, Any], at: str = "the answer") -> str 
     assert not unknown, f"the schema of {at} uses {sorted(unknown)}, which is not checked; use {sorted(KEYWORDS)}"
     if "type" in schema and not _has_type(value, schema["type"]):
         return f"{at} is {json.dumps(value)[:60]}, not of type {schema['type']}"
-    if "enum" in schema and value not in schema["enum"]:
+    if "enum" in schema and not any(_is_same(value, option) for option in schema["enum"]):
         return f"{at} is {json.dumps(value)[:60]}, not one of {json.dumps(schema['enum'])[:80]}"
-    if "const" in schema and value != schema["const"]:
-        return f"{at} is {json.dumps(value)[:60]}, not {json.dumps(schema['const'])[:80]}"
     if isinstance(value, dict):
         return _object_mismatch(value, schema, at)
     return _limit_mismatch(value, schema, at) or _item_mismatch(value, schema, at)
+
+
+def _is_same(value: Any, option: Any) -> bool:
+    return value == option and isinstance(value, bool) == isinstance(option, bool)
 
 
 def _has_type(value: Any, names: str | list[str]) -> bool:

@@ -109,7 +109,9 @@ def latent_statistics(firings: Firings, n_tokens: int, d_sae: int, hook_point: s
     table = []
     for latent in range(d_sae):
         values, _ = firings.of(latent)
-        quantiles = quantiles_of_sparse(values, n_tokens, tuple(QUANTILES.values())) if len(values) else [0.0] * len(QUANTILES)
+        quantiles = (
+            quantiles_of_sparse(values, n_tokens, tuple(QUANTILES.values())) if len(values) else [0.0] * len(QUANTILES)
+        )
         by_name = dict(zip(QUANTILES, quantiles, strict=True))
         median = float(values[(len(values) - 1) // 2]) if len(values) else 0.0
         table.append(
@@ -144,7 +146,9 @@ def peaks(firings: Firings, activations: Activations, latent: int, q: float) -> 
     return [Peak(piece, row, value, min(int(10 * value / q) + 1, 10), "top") for piece, (value, row) in ordered]
 
 
-def choose_peaks(found: list[Peak], activations: Activations, half: str, section: CollectSection, seed: Any) -> list[Peak]:
+def choose_peaks(
+    found: list[Peak], activations: Activations, half: str, section: CollectSection, seed: Any
+) -> list[Peak]:
     """The strongest peaks of one half, then some from each level: one per document and never the same text twice."""
     ours = [peak for peak in found if activations.half[peak.piece] == half]
     chosen, seen = [], set()

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from safesail.lm.load import _check_weights, _first_line, load_tokenizer
 from safesail.errors import InputError
+from safesail.lm.load import check_weights, first_line, load_tokenizer, no_loading_bars
 
 __all__ = ["SentenceEncoder"]
 
@@ -19,11 +19,12 @@ class SentenceEncoder:
     def __init__(self, path: str) -> None:
         from transformers import AutoModel
 
-        _check_weights(path)
+        check_weights(path)
+        no_loading_bars()
         try:
             self._model: Any = AutoModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
-            raise InputError(f"the sentence encoder {path} cannot be loaded: {_first_line(error)}") from error
+            raise InputError(f"the sentence encoder {path} cannot be loaded: {first_line(error)}") from error
         self._tokenizer = load_tokenizer(path)
 
     @torch.inference_mode()

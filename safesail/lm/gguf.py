@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.pre_tokenizers import Digits, PreTokenizer, Sequence
+from tokenizers.pre_tokenizers import Digits, Sequence
 
 from safesail.errors import InputError
 
@@ -40,22 +40,11 @@ def split_digits(tokenizer: Tokenizer) -> None:
     if present is None:
         tokenizer.pre_tokenizer = Digits(individual_digits=True)
     elif [piece for piece, _ in present.pre_tokenize_str("20")] != ["2", "0"]:
-        tokenizer.pre_tokenizer = _in_front(Digits(individual_digits=True), present)
-
-
-def _in_front(first: PreTokenizer, present: PreTokenizer) -> PreTokenizer:
-    """The two as one flat sequence."""
-    rest = list(present) if isinstance(present, Sequence) else [present]
-    return Sequence([first, *rest])
+        tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), present])
 
 
 def _require_convertible(gguf_file: Path, folder: Path) -> None:
     """Raises InputError for what would fail minutes later."""
-    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
-    if missing:
-        raise InputError(
-            f"reading a GGUF file needs {' and '.join(missing)}, not installed here; type: pip install 'safesail[gguf]'"
-        )
     if not gguf_file.is_file():
         raise InputError(f"there is no GGUF file {gguf_file}; give the path of a .gguf file")
     with gguf_file.open("rb") as file:
@@ -64,6 +53,11 @@ def _require_convertible(gguf_file: Path, folder: Path) -> None:
         raise InputError(f"{gguf_file} begins with {magic!r}, a GGUF file with b'GGUF'; give the path of a .gguf file")
     if folder.exists():
         raise InputError(f"{folder} exists already; give a new folder, or remove it with: rm -r {folder}")
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise InputError(
+            f"reading a GGUF file needs {' and '.join(missing)}, not installed here; type: pip install 'safesail[gguf]'"
+        )
 
 
 def _convert_tokenizer(gguf_file: Path, folder: Path, *, digits: bool) -> None:

@@ -9,7 +9,16 @@ import torch
 
 from safesail.errors import InputError
 
-__all__ = ["causal_lm", "files_fingerprint", "load_tokenizer", "model_fingerprint", "tokenizer_hash"]
+__all__ = [
+    "causal_lm",
+    "check_weights",
+    "files_fingerprint",
+    "first_line",
+    "load_tokenizer",
+    "model_fingerprint",
+    "no_loading_bars",
+    "tokenizer_hash",
+]
 
 _BLOCK = 1 << 16
 
@@ -17,12 +26,12 @@ _BLOCK = 1 << 16
 def causal_lm(path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The causal LM at `path` (a transformers folder or a Hub id), in evaluation mode, without gradients."""
     from transformers import AutoModelForCausalLM
-
-    _check_weights(path)
+    check_weights(path)
+    no_loading_bars()
     try:
         model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise InputError(f"the model {path} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"the model {path} cannot be loaded: {first_line(error)}") from error
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -33,7 +42,7 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        raise InputError(f"the tokenizer of {path} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}") from error
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -46,7 +55,7 @@ def model_fingerprint(path: str, revision: str | None = None) -> str:
     """What tells one set of weights from another: the id and revision, or the folder's files."""
     if not Path(path).is_dir():
         return f"{path}@{revision or 'main'}"
-    _check_weights(path)
+    check_weights(path)
     names = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
     return files_fingerprint(sorted(file for name in names for file in Path(path).glob(name)))
 
@@ -67,7 +76,8 @@ def files_fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _check_weights(path: str) -> None:
+def check_weights(path: str) -> None:
+    """Raise InputError when `path` looks like a folder but holds no transformers model with safetensors weights."""
     folder = Path(path)
     if not folder.is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -82,5 +92,13 @@ def _check_weights(path: str) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
+def no_loading_bars() -> None:
+    """Keep transformers' own bars out of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its class."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

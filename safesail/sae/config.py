@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import Field, ValidationError, model_validator
 
 from safesail.errors import InputError
-from safesail.recipe import TokenPolicy
+from safesail.recipe import Section, TokenPolicy
 
 __all__ = ["SaeConfig"]
 
@@ -20,8 +19,7 @@ _SAELENS = {
 }
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class SaeConfig:
+class SaeConfig(Section):
     """Shape, sparsity, hook point and token policy of one SAE."""
 
     d_in: int = Field(ge=1)

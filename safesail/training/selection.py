@@ -53,7 +53,11 @@ def select_stage(
         saes = {c.sae_id: sae_files.read(trained / c.sae_id) for c in variants(recipe, activations, hook_point)}
         maxima = {name: _maxima(sae, captured[hook_point], specials) for name, sae in saes.items()}
         for name, (high, low) in maxima.items():
-            curve[name] = {**_contrast_numbers(high, low, pairs, recipe.select), **_short(fidelity[name])}
+            curve[name] = {
+                "k": saes[name].config.k,
+                **_contrast_numbers(high, low, pairs, recipe.select),
+                **_short(fidelity[name]),
+            }
         chosen = max(saes, key=lambda name: (curve[name]["i_cdf"], curve[name]["explained_variance"]))
         kept[hook_point] = (chosen, maxima[chosen])
         candidates[hook_point] = candidate_latents(*maxima[chosen], pairs, recipe.select)

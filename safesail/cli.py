@@ -1,0 +1,239 @@
+"""The command line: one verb a stage. Parses, calls one function, prints."""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from safesail.errors import InputError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Train, select, explain, score and inspect safety sparse autoencoders.\n\n"
+    "Example:  safesail run hub/recipes/demo.toml  then  safesail serve runs/demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+pairs_app = typer.Typer(help="Concept contrastive query pairs.", no_args_is_help=True)
+app.add_typer(pairs_app, name="pairs")
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/demo.")]
+
+
+def main() -> None:
+    """Run the command line: a person's mistake is one sentence and exit status 2, Ctrl-C is status 130."""
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        print(f"safesail: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nsafesail: stopped. Nothing is lost: the same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, as hub/recipes/demo.toml.")],
+    out: Annotated[Path | None, typer.Option(help="The run folder (default: runs/<recipe name>).")] = None,
+    until: Annotated[str, typer.Option(help="Stop after this stage.")] = "build",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting: --set train.epochs=2.")] = None,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Go on in a folder of another recipe, redoing what it changes.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Make a release from a recipe; run again, it goes on where it stopped.
+
+    Example:  safesail run hub/recipes/demo.toml --until select
+    """
+    from safesail.recipe import Recipe
+    from safesail.run import Run
+
+    loaded = Recipe.load(recipe, tuple(set_ or ()))
+    _check_stage(until)
+    started = Run.create(out or Path("runs") / loaded.name, loaded, adopt=adopt)
+    _make(started, until, quiet, as_json)
+
+
+def _stage_command(name: str, what: str) -> None:
+    @app.command(name, help=f"{what}\n\nExample:  safesail {name} runs/demo")
+    def stage(
+        folder: RunFolder,
+        force: Annotated[bool, typer.Option("--force", help="Make it anew even if it is done.")] = False,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
+        from safesail.run import Run
+
+        _make(Run.open(folder), name, quiet, as_json, force)
+
+
+for _name, _what in (
+    ("harvest", "Read the texts and write the model's activations at the hook points."),
+    ("train", "Train the sweep of SAEs on the harvested activations."),
+    ("eval", "Measure every SAE's fidelity on held-out texts."),
+    ("select", "Choose an SAE per hook point, and its safety-related latents."),
+    ("collect", "Collect examples and activation statistics of the chosen latents."),
+    ("explain", "Explain the chosen latents and name their domains."),
+    ("score", "Score the explanations by segment-level simulation."),
+    ("build", "Build the release's folders with their cards."),
+):
+    _stage_command(_name, _what)
+
+
+@app.command()
+def status(folder: RunFolder, as_json: Json = False) -> None:
+    """Say which stages are done, stale or missing, and the next command.
+
+    Example:  safesail status runs/demo
+    """
+    from safesail.pipeline import outside_inputs
+    from safesail.run import STAGES, Run
+
+    opened = Run.open(folder)
+    opened.inputs = outside_inputs(opened.recipe)
+    states = {name: opened.state(name) for name in STAGES}
+    if as_json:
+        print(json.dumps({name: {"state": state, **(opened.record(name) or {})} for name, state in states.items()}))
+        return
+    for name, state in states.items():
+        seconds = (opened.record(name) or {}).get("seconds")
+        print(f"{name:8} {state:8}" + (f" {seconds:8.1f} s" if seconds is not None else ""))
+    waiting = next((name for name, state in states.items() if state != "done"), None)
+    print(f"next: safesail {waiting} {folder}" if waiting else f"next: safesail serve {folder}")
+
+
+@app.command()
+def inspect(
+    release: Annotated[str, typer.Argument(help="A run folder, or the Hub name of a release (org/name).")],
+    text: Annotated[str, typer.Argument(help="The text, or with --answer the question.")],
+    answer: Annotated[int, typer.Option(help="Ask it as a chat and generate so many tokens.")] = 0,
+    top: Annotated[int, typer.Option(help="Neurons shown per token.")] = 2,
+    model: Annotated[str | None, typer.Option(help="Load the language model from here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print which safety neurons fire on each token of a text.
+
+    Example:  safesail inspect runs/demo "The terrorists took hostages."
+    """
+    from safesail.diagnosis.inspector import Inspector
+
+    inspector = Inspector.from_pretrained(release, model=model)
+    prompt: Any = [{"role": "user", "content": text}] if answer else text
+    inspection = inspector.inspect(prompt, max_new_tokens=answer)
+    if as_json:
+        print(json.dumps(inspection.to_json(), ensure_ascii=False))
+        return
+    for line in token_table(inspection, top):
+        print(line)
+
+
+def token_table(inspection: Any, top: int) -> list[str]:
+    """The lines of a terminal table: a token each, with its strongest explained neurons."""
+    lines = [f"{'token':18} {'act.':>5}  {'neuron':20} {'score':>5} {'trust':9} {'domains':20} explanation"]
+    for i, unit in enumerate(inspection.units):
+        shown = _visible(unit.text)[:17]
+        hits = inspection.hits(i, explained_only=True)[:top]
+        if not hits:
+            lines.append(f"{shown:18} {'·':>5}  {inspection.note(i)}".rstrip())
+        for row, hit in enumerate(hits):
+            score = "" if hit.score is None else f"{hit.score:.2f}"
+            lines.append(
+                f"{shown if row == 0 else '':18} {hit.normalised or 0:5.2f}  {hit.neuron_id:20} {score:>5} {hit.trust:9} "
+                f"{','.join(hit.domains) or '-':20} {_visible(hit.explanation or hit.status)[:60]}"
+            )
+    return lines
+
+
+@app.command()
+def serve(
+    release: Annotated[str, typer.Argument(help="A run folder, or the Hub name of a release (org/name).")],
+    port: Annotated[int, typer.Option(help="The port.")] = 7860,
+    host: Annotated[str, typer.Option(help="The address; anything but loopback opens it to the network.")] = "127.0.0.1",
+    model: Annotated[str | None, typer.Option(help="Load the language model from here.")] = None,
+) -> None:
+    """Serve the token inspector of a release.
+
+    Example:  safesail serve runs/demo --port 7861
+    """
+    import importlib.util
+
+    from safesail.assets import asset
+
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the Space needs gradio; type `pip install 'safesail[space]'`.")
+    os.environ |= {"SAFESAIL_RELEASE": release, "SAFESAIL_HOST": host, "SAFESAIL_PORT": str(port)}
+    if model:
+        os.environ["SAFESAIL_MODEL"] = model
+    sys.path.insert(0, str(asset("space")))
+    runpy.run_path(str(asset("space/app.py")), run_name="__main__")
+
+
+@pairs_app.command("check")
+def check(file: Annotated[Path, typer.Argument(help="A jsonl file of concept pairs.")], as_json: Json = False) -> None:
+    """Check a file of concept pairs; exit status 1 if anything is wrong.
+
+    Example:  safesail pairs check hub/pairs/en.jsonl
+    """
+    from safesail.pairs import check_pairs
+    from safesail.taxonomy import Taxonomy
+
+    problems = check_pairs(file, Taxonomy.load())
+    if as_json:
+        print(json.dumps({"file": str(file), "problems": problems}, ensure_ascii=False))
+    else:
+        print("\n".join(problems) or f"{file}: no problem found")
+    raise typer.Exit(1 if problems else 0)
+
+
+def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = False) -> None:
+    from safesail import progress
+    from safesail.pipeline import Pipeline
+
+    progress.quiet(silent or as_json)
+    say = (lambda line: None) if silent or as_json else lambda line: print(line, flush=True)
+    Pipeline(started, say).make(until, force)
+    if as_json:
+        print(json.dumps(started.record(until)))
+    elif until == "build":
+        _print_release(started)
+
+
+def _print_release(started: Any) -> None:
+    from safesail.neurons import NeuronDatabase
+    from safesail.release.summary import aligned, domain_table, sae_table
+    from safesail.repository import read_table
+    from safesail.taxonomy import Taxonomy
+
+    print(f"\nThe release is in {started.folder}: saes/ neurons/ examples/ inspector/\n")
+    print(aligned(*sae_table(read_table(started.part("neurons") / "selection/train.parquet"))))
+    print()
+    neurons = list(NeuronDatabase.load(started.folder))
+    print(aligned(*domain_table(neurons, list(Taxonomy.load().domain_ids))))
+    print(f"\nnext: safesail serve {started.folder}")
+
+
+def _check_stage(name: str) -> None:
+    from safesail.run import STAGES
+
+    if name not in STAGES:
+        raise InputError(f"--until {name}: there is no such stage; stages are {', '.join(STAGES)}.")
+
+
+def _visible(text: str) -> str:
+    """The text in one line, control characters spelled out, so that it cannot move the cursor or hide."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+if __name__ == "__main__":
+    main()

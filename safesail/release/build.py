@@ -1,0 +1,263 @@
+"""The release: one folder per Hub repository, holding exactly what is uploaded.
+
+Reads the results of all stages. Writes `saes/`, `neurons/`, `examples/` and `inspector/` into the run folder. Nothing
+in them depends on the clock or on how often the run was interrupted, so the same recipe gives the same bytes.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from safesail import __version__
+from safesail.assets import asset
+from safesail.interpretation.explain import load as load_explanations
+from safesail.lm.activations import Activations
+from safesail.metrics import DEFINITIONS
+from safesail.release.cards import write_cards
+from safesail.run import PARTS, Run, StageWork, write_json
+from safesail.sae import model as sae_files
+from safesail.taxonomy import Taxonomy
+from safesail.training.fidelity import firing_rates
+
+__all__ = ["build_stage", "redacted"]
+
+Row = dict[str, Any]
+
+
+def build_stage(run: Run, taxonomy: Taxonomy, work: StageWork) -> None:
+    """Make the release's folders beside the old ones, then swap them in."""
+    facts = _Facts(run)
+    for part in PARTS:
+        shutil.rmtree(work.folder / part, ignore_errors=True)
+        (work.folder / part).mkdir()
+    _saes(run, facts, work.folder / "saes")
+    rows = neuron_rows(facts, taxonomy)
+    _neurons(facts, rows, work.folder / "neurons")
+    _examples(facts, work.folder / "examples")
+    _inspector(work.folder / "inspector")
+    write_cards(run, facts, rows, taxonomy, work.folder)
+    for part in PARTS:
+        shutil.rmtree(run.part(part), ignore_errors=True)
+        (work.folder / part).rename(run.part(part))
+    work.facts["n_neurons"] = len(rows)
+    work.facts["n_tagged"] = sum(bool(row["domains"]) for row in rows)
+
+
+class _Facts:
+    """The results of all stages, read once."""
+
+    def __init__(self, run: Run) -> None:
+        self.recipe = run.recipe
+        self.fidelity: dict[str, Row] = _json(run, "eval", "fidelity.json")
+        self.selection: dict[str, Any] = _json(run, "select", "selection.json")
+        self.candidates: dict[str, Any] = _json(run, "select", "candidates.json")
+        self.statistics = _rows(run, "collect", "statistics.parquet")
+        self.examples = _rows(run, "collect", "examples.parquet")
+        self.explanations, self.tags = load_explanations(run.result("explain"))
+        self.scores = _rows(run, "score", "scores.parquet")
+        self.records = {name: run.record(name) or {} for name in ("harvest", "train", "eval", "explain", "score")}
+        self.activations = Activations(run.result("harvest"))
+
+    @property
+    def sae_ids(self) -> list[str]:
+        return list(self.fidelity)
+
+
+def neuron_rows(facts: Any, taxonomy: Taxonomy) -> list[Row]:
+    """One row per explained latent: the joined view that people meet first, best score first."""
+    statistics = {row["neuron_id"]: row for row in facts.statistics}
+    first = facts.recipe.score.simulators[0]
+    score_of = {row["neuron_id"]: row for row in facts.scores if row["method"].endswith(f"/{first}")}
+    lexical = {row["neuron_id"]: row for row in facts.scores if row["method"].endswith("/lexical")}
+    snippets = _snippets(facts.examples, taxonomy)
+    rows = []
+    for explanation in facts.explanations:
+        name = explanation["neuron_id"]
+        stats, tag, score = statistics[name], facts.tags[name], score_of[name]
+        rows.append(
+            {
+                "explanation": explanation["explanation"],
+                "domains": tag["domains"],
+                "category": tag["category"],
+                "concept": tag["concept"],
+                "score": score["score"],
+                "score_low": score["low"],
+                "score_high": score["high"],
+                "lexical_score": lexical[name]["score"] if name in lexical else None,
+                "status": explanation["status"] if explanation["status"] != "ok" else score["status"],
+                "firing_rate": stats["firing_rate"],
+                "q999": stats["p999"],
+                "max_activation": stats["max"],
+                "snippet": snippets.get(name, ""),
+                "neuron_id": name,
+                "hook_point": stats["hook_point"],
+                "layer": _layer(stats["hook_point"]),
+                "latent": stats["latent"],
+                "candidate_for": tag["candidate_for"],
+                "n_wins": tag["n_wins"],
+                "p_value": tag["p_value"],
+                "explainer": explanation["explainer"],
+                "simulator": f"{score['method']} ({score['simulator']})",
+                "tagger": tag["tagger"],
+            }
+        )
+    return sorted(rows, key=lambda row: (-(row["score"] if row["score"] is not None else -2), row["neuron_id"]))
+
+
+def redacted(text: str, taxonomy: Taxonomy) -> str:
+    """The text with every word of the taxonomy's word lists cut to its first letter, for the open data set."""
+    for domain in taxonomy.domains:
+        text = taxonomy.about(domain.id).sub(lambda found: _masked(found.group(0)), text)
+    return text
+
+
+def _masked(words: str) -> str:
+    return re.sub(r"(\w)\w*", r"\1***", words)
+
+
+def _snippets(examples: list[Row], taxonomy: Taxonomy) -> dict[str, str]:
+    """A short, redacted stretch around each neuron's strongest explain-half peak; the peak's own word is masked too."""
+    snippets: dict[str, str] = {}
+    for row in examples:
+        if row["neuron_id"] in snippets or row["half"] != "explain" or row["rank"] != 0:
+            continue
+        peak = row["peak"]
+        before, word, after = row["tokens"][max(peak - 5, 0) : peak], row["tokens"][peak], row["tokens"][peak + 1 : peak + 4]
+        text = redacted("".join(before), taxonomy) + _masked(word) + redacted("".join(after), taxonomy)
+        snippets[row["neuron_id"]] = "… " + " ".join(text.split()) + " …"
+    return snippets
+
+
+def _saes(run: Run, facts: _Facts, folder: Path) -> None:
+    """Every SAE of the sweep with its metrics, and the manifest that marks the selected ones."""
+    trained, measured = run.result("train"), run.result("eval")
+    saes = []
+    for sae_id in facts.sae_ids:
+        sae = sae_files.read(trained / sae_id)
+        target = folder / sae_id
+        sae.save(target, firing_rates(measured, sae_id))
+        metrics = {**facts.fidelity[sae_id], **_contrast(facts, sae_id)}
+        write_json(target / "metrics.json", {"definitions": DEFINITIONS, "metrics": metrics})
+        saes.append({"id": sae_id, "selected": sae_id in facts.selection["selected"].values(), **metrics})
+    model, harvest = facts.recipe.model, facts.records["harvest"]
+    write_json(
+        folder / "config.json",
+        {
+            "schema": 1,
+            "safesail_version": __version__,
+            "base_model": model.name,
+            "base_model_revision": model.revision,
+            "base_model_note": model.note,
+            "tokenizer_hash": harvest["tokenizer_hash"],
+            "selected": facts.selection["selected"],
+            "saes": saes,
+            "definitions": DEFINITIONS,
+        },
+    )
+
+
+def _contrast(facts: _Facts, sae_id: str) -> Row:
+    numbers = facts.selection["curve"][sae_id]
+    return {"i_cdf": numbers["i_cdf"], "l0_t": numbers["l0_t"]}
+
+
+def _neurons(facts: _Facts, rows: list[Row], folder: Path) -> None:
+    _table(folder / "neurons/train.parquet", rows, _NEURON_SCHEMA)
+    languages = list(dict.fromkeys(row["language"] for row in facts.explanations))
+    for language in languages:
+        mine = [row for row in facts.explanations if row["language"] == language]
+        _table(folder / f"explanations/{language}.parquet", mine)
+    write_json(folder / "languages.json", languages)
+    _table(folder / "scores/train.parquet", facts.scores)
+    _table(folder / "quantiles/train.parquet", facts.statistics)
+    curve = [
+        {
+            "sae_id": sae_id,
+            "selected": sae_id in facts.selection["selected"].values(),
+            **{key: facts.fidelity[sae_id][key] for key in ("explained_variance", "l0", "dead", "ce_recovered")},
+            "i_cdf": facts.selection["curve"][sae_id]["i_cdf"],
+            **{f"l0_t_{t}": value for t, value in facts.selection["curve"][sae_id]["l0_t"].items()},
+        }
+        for sae_id in facts.sae_ids
+    ]
+    _table(folder / "selection/train.parquet", curve)
+
+
+def _examples(facts: _Facts, folder: Path) -> None:
+    published = ("neuron_id", "half", "rank", "stratum", "level", "activation", "text", "tokens", "activations", "source")
+    schema = pa.schema(
+        [
+            ("neuron_id", pa.string()),
+            ("half", pa.string()),
+            ("rank", pa.int32()),
+            ("stratum", pa.string()),
+            ("level", pa.int32()),
+            ("activation", pa.float32()),
+            ("text", pa.string()),
+            ("tokens", pa.list_(pa.string())),
+            ("activations", pa.list_(pa.float32())),
+            ("source", pa.string()),
+        ]
+    )
+    _table(folder / "examples/train.parquet", [{key: row[key] for key in published} for row in facts.examples], schema)
+
+
+def _inspector(folder: Path) -> None:
+    """The Space's files, as they are in `space/`."""
+    for source in sorted(asset("space").rglob("*")):
+        if source.is_file() and "__pycache__" not in source.parts:
+            target = folder / source.relative_to(asset("space"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+def _table(path: Path, rows: list[Row], schema: pa.Schema | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def _layer(hook_point: str) -> int | None:
+    numbers = [part for part in hook_point.split(".") if part.isdigit()]
+    return int(numbers[0]) if numbers else None
+
+
+def _json(run: Run, stage: str, name: str) -> Any:
+    return json.loads((run.result(stage) / name).read_text(encoding="utf-8"))
+
+
+def _rows(run: Run, stage: str, name: str) -> list[Row]:
+    return pq.read_table(run.result(stage) / name).to_pylist()
+
+
+_NEURON_SCHEMA = pa.schema(
+    [
+        ("explanation", pa.string()),
+        ("domains", pa.list_(pa.string())),
+        ("category", pa.string()),
+        ("concept", pa.string()),
+        ("score", pa.float64()),
+        ("score_low", pa.float64()),
+        ("score_high", pa.float64()),
+        ("lexical_score", pa.float64()),
+        ("status", pa.string()),
+        ("firing_rate", pa.float64()),
+        ("q999", pa.float64()),
+        ("max_activation", pa.float64()),
+        ("snippet", pa.string()),
+        ("neuron_id", pa.string()),
+        ("hook_point", pa.string()),
+        ("layer", pa.int16()),
+        ("latent", pa.int32()),
+        ("candidate_for", pa.list_(pa.string())),
+        ("n_wins", pa.int32()),
+        ("p_value", pa.float64()),
+        ("explainer", pa.string()),
+        ("simulator", pa.string()),
+        ("tagger", pa.string()),
+    ]
+)

@@ -1,0 +1,105 @@
+"""The numbers of a release as tables: what the terminal, the cards and the README print."""
+
+import statistics
+from typing import Any
+
+from safesail.neurons import WEAK_BELOW
+
+__all__ = ["aligned", "domain_table", "domains_summary", "markdown", "sae_table", "score_bands"]
+
+Row = dict[str, Any]
+
+
+def sae_table(curve: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: one row per SAE of the sweep, the selected ones marked. curve: rows of the `selection` table."""
+    header = ["SAE", "EV", "L0", "dead", "CE recovered", "I_CDF", "selected"]
+    cells = [
+        [
+            row["sae_id"],
+            f"{row['explained_variance']:.3f}",
+            f"{row['l0']:.1f}",
+            f"{100 * row['dead']:.1f} %",
+            "" if row["ce_recovered"] is None else f"{100 * row['ce_recovered']:.1f} %",
+            f"{row['i_cdf']:.5f}",
+            "yes" if row["selected"] else "",
+        ]
+        for row in curve
+    ]
+    return header, cells
+
+
+def domains_summary(neurons: list[Row], domain_ids: list[str]) -> list[Row]:
+    """Per domain, for `none` and for all neurons: how many, and the distribution of scores. neurons: the main table."""
+    groups = [(name, [row for row in neurons if name in row["domains"]]) for name in domain_ids]
+    groups.append(("none", [row for row in neurons if not row["domains"]]))
+    groups.append(("all", neurons))
+    return [_group(name, rows) for name, rows in groups]
+
+
+def domain_table(neurons: list[Row], domain_ids: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of `domains_summary`."""
+    header = ["domain", "neurons", "median score", "quartiles", f"score > {WEAK_BELOW:g}", "lexical baseline (median)", "beats the baseline"]
+    cells = []
+    for group in domains_summary(neurons, domain_ids):
+        quartiles = "" if group["low"] is None else f"{group['low']:.2f} – {group['high']:.2f}"
+        cells.append(
+            [
+                group["domain"],
+                str(group["n"]),
+                _number(group["median"]),
+                quartiles,
+                str(group["n_above"]),
+                _number(group["lexical_median"]),
+                str(group["n_beats_lexical"]),
+            ]
+        )
+    return header, cells
+
+
+def score_bands(neurons: list[Row]) -> list[tuple[str, int]]:
+    """How many scores fall in each band, and how many are undefined."""
+    edges = [-1.0, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0]
+    scores = [row["score"] for row in neurons if row["score"] is not None]
+    bands = [
+        (f"{low:g} to {high:g}", sum(low < score <= high for score in scores))
+        for low, high in zip(edges, edges[1:], strict=False)
+    ]
+    undefined = len(neurons) - len(scores)
+    return [*bands, ("undefined", undefined)] if undefined else bands
+
+
+def markdown(header: list[str], cells: list[list[str]]) -> str:
+    """A Markdown table; cells must be escaped already where they hold foreign text."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
+
+
+def aligned(header: list[str], cells: list[list[str]]) -> str:
+    """A table for the terminal: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in [header, *cells]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _group(name: str, rows: list[Row]) -> Row:
+    scores = sorted(row["score"] for row in rows if row["score"] is not None)
+    lexical = [row["lexical_score"] for row in rows if row["lexical_score"] is not None]
+    quartiles = statistics.quantiles(scores, n=4) if len(scores) > 1 else [None, None, None]
+    both = [row for row in rows if row["score"] is not None and row["lexical_score"] is not None]
+    return {
+        "domain": name,
+        "n": len(rows),
+        "median": statistics.median(scores) if scores else None,
+        "low": quartiles[0],
+        "high": quartiles[2],
+        "n_above": sum(score > WEAK_BELOW for score in scores),
+        "lexical_median": statistics.median(lexical) if lexical else None,
+        "n_beats_lexical": sum(row["score"] > row["lexical_score"] for row in both),
+    }
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

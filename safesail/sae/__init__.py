@@ -1,0 +1,1 @@
+"""The sparse autoencoder: its config, its arithmetic, reading and writing."""

