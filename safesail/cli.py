@@ -29,15 +29,12 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as
 
 
 def main() -> None:
-    """Run the command line: a person's mistake is one sentence and exit status 2, Ctrl-C is status 130."""
+    """Run the command line: a person's mistake is one sentence and exit status 2."""
     try:
         app(standalone_mode=True)
     except InputError as error:
         print(f"safesail: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nsafesail: stopped. Nothing is lost: the same command goes on from here.", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 @app.command()
@@ -149,7 +146,8 @@ def token_table(inspection: Any, top: int) -> list[str]:
         for row, hit in enumerate(hits):
             score = "" if hit.score is None else f"{hit.score:.2f}"
             lines.append(
-                f"{shown if row == 0 else '':18} {hit.normalised or 0:5.2f}  {hit.neuron_id:20} {score:>5} {hit.trust:9} "
+                f"{shown if row == 0 else '':18} {hit.normalised or 0:5.2f}  {hit.neuron_id:20} {score:>5} "
+                f"{hit.trust:9} "
                 f"{','.join(hit.domains) or '-':20} {_visible(hit.explanation or hit.status)[:60]}"
             )
     return lines
@@ -159,7 +157,9 @@ def token_table(inspection: Any, top: int) -> list[str]:
 def serve(
     release: Annotated[str, typer.Argument(help="A run folder, or the Hub name of a release (org/name).")],
     port: Annotated[int, typer.Option(help="The port.")] = 7860,
-    host: Annotated[str, typer.Option(help="The address; anything but loopback opens it to the network.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="The address; anything but loopback opens it to the network.")
+    ] = "127.0.0.1",
     model: Annotated[str | None, typer.Option(help="Load the language model from here.")] = None,
 ) -> None:
     """Serve the token inspector of a release.
@@ -202,7 +202,11 @@ def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = F
 
     progress.quiet(silent or as_json)
     say = (lambda line: None) if silent or as_json else lambda line: print(line, flush=True)
-    Pipeline(started, say).make(until, force)
+    try:
+        Pipeline(started, say).make(until, force)
+    except KeyboardInterrupt:
+        print("\nsafesail: stopped. Nothing is lost: the same command goes on from here.", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(started.record(until)))
     elif until == "build":

@@ -34,6 +34,7 @@ DEFINITIONS = {
     "f_j = share of pairs with max activation > 0 on the query with the concept and = 0 on the one without",
     "i_cdf/v1": "mean distinguishing frequency over all latents, averaged over concept categories "
     "(= the integral of 1 - CDF(f))",
+    "i_cdf_swapped/v1": "i_cdf/v1 with the two queries of every pair swapped: what chance alone gives",
     "simulation/v1": "Pearson correlation of simulated and true segment activity over concatenated held-out texts",
 }
 

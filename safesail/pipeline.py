@@ -4,6 +4,7 @@ harvest → train → eval → select → collect → explain → score → buil
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -68,6 +69,7 @@ class Pipeline:
 
     def make(self, until: str = "build", force: bool = False) -> None:
         """Make every stage up to `until` that is not done; `force` makes `until` itself anew."""
+        self._check_endpoints(until)
         with self.run.lock():
             for name in STAGES:
                 if self.run.state(name) == "done" and not (force and name == until):
@@ -76,6 +78,15 @@ class Pipeline:
                     self._make(name)
                 if name == until:
                     return
+
+    def _check_endpoints(self, until: str) -> None:
+        """Find out now, not an hour later, that a key or a model's name is missing for a stage that will need it."""
+        ahead = list(STAGES)[: list(STAGES).index(until) + 1]
+        waiting = [name for name in ahead if self.run.state(name) != "done"]
+        if "explain" in waiting and self.recipe.explain.backend == "endpoint":
+            self._explainer()
+        if "score" in waiting and "llm" in self.recipe.score.simulators:
+            self._simulator()
 
     def _make(self, name: str) -> None:
         started = time.monotonic()
@@ -187,11 +198,7 @@ class Pipeline:
 
     def _score(self, work: StageWork) -> None:
         explanations, _ = load_explanations(self.run.result("explain"))
-        section = self.recipe.score
-        llm = None
-        if "llm" in section.simulators:
-            prices = (section.usd_per_million_prompt_tokens, section.usd_per_million_completion_tokens)
-            llm = Llm(self._endpoint(section.model, *prices), self.run.scratch / "llm.sqlite")
+        llm = self._simulator() if "llm" in self.recipe.score.simulators else None
         score_stage(
             self.recipe,
             self._activations,
@@ -226,11 +233,16 @@ class Pipeline:
         )
         return Llm(backend, cache)
 
+    def _simulator(self) -> Llm:
+        section = self.recipe.score
+        prices = (section.usd_per_million_prompt_tokens, section.usd_per_million_completion_tokens)
+        return Llm(self._endpoint(section.model, *prices), self.run.scratch / "llm.sqlite")
+
     def _endpoint(self, model: str, prompt_price: float | None, completion_price: float | None) -> EndpointBackend:
         runtime = self.recipe.runtime
         return EndpointBackend(
             model,
-            runtime.base_url,
+            runtime.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
             api_key_env=runtime.api_key_env,
             concurrency=runtime.concurrency,
             usd_per_million_prompt_tokens=prompt_price,

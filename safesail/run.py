@@ -75,7 +75,7 @@ class Run:
 
     @classmethod
     def create(cls, folder: str | Path, recipe: Recipe, *, adopt: bool = False) -> "Run":
-        """Start a run in `folder`, or go on with the one there; a folder of another recipe is refused unless `adopt`."""
+        """Start a run in `folder`, or go on with the one there; another recipe's folder is refused unless `adopt`."""
         run = cls(Path(folder), recipe)
         if run.ledger.is_file():
             changes = differences(_read_ledger(run.ledger)["recipe"], recipe.dump())
@@ -95,7 +95,9 @@ class Run:
         """The run in an existing folder, with the recipe it was made from."""
         path = Path(folder) / "run.json"
         if not path.is_file():
-            raise InputError(f"{folder} has no run.json, so it is not a run; type `safesail run RECIPE --out {folder}`.")
+            raise InputError(
+                f"{folder} has no run.json, so it is not a run; type `safesail run RECIPE --out {folder}`."
+            )
         return cls(Path(folder), Recipe.parse(_read_ledger(path)["recipe"], str(path)))
 
     @property
@@ -205,9 +207,12 @@ def _read_ledger(path: Path) -> dict[str, Any]:
     try:
         ledger = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); restore it or give another folder with --out.") from error
+        raise InputError(
+            f"{path} is not valid JSON ({error}); restore it or give another folder with --out."
+        ) from error
     if ledger.get("schema") != SCHEMA:
         raise InputError(
-            f"{path} has schema {ledger.get('schema')!r}; this safesail reads schema {SCHEMA}. Install the version that made it."
+            f"{path} has schema {ledger.get('schema')!r}, and this safesail reads schema {SCHEMA}; "
+            "install the version that made it."
         )
     return ledger

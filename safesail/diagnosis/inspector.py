@@ -189,7 +189,9 @@ class Answer(NamedTuple):
 class Inspector:
     """A language model, its SAEs and the neuron database of one release."""
 
-    def __init__(self, model: Any, tokenizer: Any, saes: dict[str, Sae], database: NeuronDatabase, release: str) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, saes: dict[str, Sae], database: NeuronDatabase, release: str
+    ) -> None:
         self.model, self.tokenizer, self.saes, self.database, self.release = model, tokenizer, saes, database, release
         self._specials = special_ids(tokenizer)
         self._ends = end_ids(model, tokenizer)
@@ -232,10 +234,7 @@ class Inspector:
         self, text_or_chat: str | Messages, *, max_new_tokens: int = 0, temperature: float = 0.0, seed: int = 0
     ) -> Inspection:
         """What fires on a raw text, or on a conversation in the model's chat template; optionally with its answer."""
-        last = None
-        for last in self.answer(text_or_chat, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed):
-            continue
-        assert last is not None
+        *_, last = self.answer(text_or_chat, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         assert last.inspection is not None
         return last.inspection
 
@@ -283,7 +282,9 @@ class Inspector:
 
     def _check_length(self, n: int) -> None:
         if n > self.max_tokens:
-            raise InputError(f"prompt and answer take {n:,} tokens, but the model reads {self.max_tokens:,}; shorten them.")
+            raise InputError(
+                f"prompt and answer take {n:,} tokens, but the model reads {self.max_tokens:,}; shorten them."
+            )
 
     def _readable(self, ids: list[int]) -> str:
         return "".join(unit.text for unit in spans(self.tokenizer, ids) if not unit.special)

@@ -1,6 +1,6 @@
 """Answers that were paid for are kept in one sqlite file, under the hash of what was asked.
 
-Every answer is its own committed transaction, so a process killed at any point loses only the calls in flight. The
+Answers are committed as they come, so a process killed at any point loses only the calls in flight. The
 file uses sqlite's rollback journal and not its write-ahead log: it stays one file that may be copied, and it works on
 the network file systems that clusters have.
 """
@@ -57,6 +57,11 @@ class AnswerCache:
         row = self._rows.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
-    def put(self, key: str, answer: dict[str, Any]) -> None:
-        """Keeps `answer` (JSON values only); it is on disk when this returns."""
-        self._rows.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
+    def put(self, answers: dict[str, dict[str, Any]]) -> None:
+        """Keeps `{key: answer}` (JSON values only), all or none; they are on disk when this returns."""
+        self._rows.execute("BEGIN")
+        self._rows.executemany(
+            "INSERT OR REPLACE INTO answers VALUES (?, ?)",
+            [(key, json.dumps(answer)) for key, answer in answers.items()],
+        )
+        self._rows.execute("COMMIT")

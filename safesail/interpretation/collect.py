@@ -76,7 +76,9 @@ def collect_stage(
             n_tokens = int(activations.counted(hook_point, recipe.tokens).sum())
             table = latent_statistics(firings, n_tokens, sae.config.d_sae, hook_point)
             statistics += table
-            chosen = sorted({row["latent"] for rows in candidates[hook_point].values() for row in rows})
+            chosen = sorted(
+                {row["latent"] for rows in candidates[hook_point].values() for row in rows if row["explain"]}
+            )
             for latent in chosen:
                 q = table[latent]["normaliser"]
                 examples += _examples(recipe, activations, firings, hook_point, latent, q, tokenizer)
@@ -179,7 +181,7 @@ def choose_peaks(
 def context(
     activations: Activations, tokenizer: Any, firing: dict[int, float], peak: Peak, before: int, after: int
 ) -> tuple[list[Span], list[float]]:
-    """The readable units around a peak and the strongest activation in each. firing: {row: activation} of the latent."""
+    """The readable units around a peak and the strongest activation in each. firing: {row: activation}."""
     ids = activations.piece_ids[peak.piece]
     first = int(activations.row_start[peak.piece])
     low = max(peak.row - first - before, 0)

@@ -72,9 +72,11 @@ def explain_stage(
 
 
 def strongest_words(examples: list[Row], n: int) -> list[str]:
-    """The distinct whole words around the peaks, by summed activation: what the latent most plainly responds to."""
+    """The distinct whole words at the strongest peaks, by summed activation."""
     weights: dict[str, float] = defaultdict(float)
     for row in examples:
+        if row["stratum"] != "top":
+            continue
         word = _word_at(row["tokens"], row["peak"])
         if word:
             weights[word.lower() if not word.isupper() else word] += row["activation"]

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "EndpointBackend", "Llm", "LocalBackend", "Message", "Reply", "Request", "Usage"]
 
 
+OnReplies = Callable[[list[tuple[int, Reply]]], None]
+
+
 class Backend(Protocol):
     """Whoever answers requests."""
 
@@ -42,8 +45,11 @@ class Backend(Protocol):
         """What the answer depends on besides the request (JSON values; no key, no address)."""
         ...
 
-    def answer(self, requests: Sequence[Request], on_reply: Callable[[int, Reply], None]) -> None:
-        """Calls `on_reply(i, reply)` once per request as its reply is known, in any order, one call at a time."""
+    def answer(self, requests: Sequence[Request], on_replies: OnReplies) -> None:
+        """Calls `on_replies([(i, reply), ...])` as replies are known, one call at a time, each request once.
+
+        The replies of one call are kept together or not at all, also when the process is killed.
+        """
         ...
 
 
@@ -85,14 +91,14 @@ class Llm:
                 kept = cache.get(key)
                 missing.append(key) if kept is None else hand_out(key, Reply(**kept, cached=True))
 
-            def on_reply(i: int, reply: Reply) -> None:
-                if reply.status != "failed":
-                    cache.put(missing[i], _as_answer(reply))
-                self.usage.add_call(reply)
-                hand_out(missing[i], reply)
+            def on_replies(known: list[tuple[int, Reply]]) -> None:
+                cache.put({missing[i]: _as_answer(reply) for i, reply in known if reply.status != "failed"})
+                for i, reply in known:
+                    self.usage.add_call(reply)
+                    hand_out(missing[i], reply)
 
             if missing:
-                self.backend.answer([requests[places[key][0]] for key in missing], on_reply)
+                self.backend.answer([requests[places[key][0]] for key in missing], on_replies)
         assert len(replies) == len(requests), f"{self.backend.name} left {len(requests) - len(replies)} unanswered"
         return [replies[place] for place in range(len(requests))]
 
@@ -147,15 +153,21 @@ class LocalBackend:
         """The identity that was given."""
         return {"kind": "local", **self._identity}
 
-    def answer(self, requests: Sequence[Request], on_reply: Callable[[int, Reply], None]) -> None:
-        """Generates in batches of equal `max_tokens` and `stop`, in the order of the requests."""
+    def answer(self, requests: Sequence[Request], on_replies: OnReplies) -> None:
+        """Generates in batches of equal `max_tokens` and `stop`, in the order of the requests.
+
+        A text's last bits can depend on the batch it was generated in, so a batch's replies are kept together: work
+        that was interrupted goes on with the same batches, and ends with the same bytes.
+        """
         prompts = [self._prompt(request) for request in requests]
         for batch in self._batches(requests):
             first = requests[batch[0]]
             texts = self._generate([prompts[i] for i in batch], first.max_tokens, first.stop)
+            known = []
             for i, (text, n_prompt, n_completion) in zip(batch, texts, strict=True):
                 usage = {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "cost_usd": 0.0}
-                on_reply(i, _judged(text, requests[i].schema, **usage))
+                known.append((i, _judged(text, requests[i].schema, **usage)))
+            on_replies(known)
 
     def _prompt(self, request: Request) -> str:
         assert [message.role for message in request.messages] == ["user"], "a local model takes one user message"
@@ -216,22 +228,22 @@ class EndpointBackend:
         """The model's name: the same model may be reached at several addresses."""
         return {"kind": "endpoint", "model": self._model}
 
-    def answer(self, requests: Sequence[Request], on_reply: Callable[[int, Reply], None]) -> None:
+    def answer(self, requests: Sequence[Request], on_replies: OnReplies) -> None:
         """Asks until every request has its reply."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            asyncio.run(self._answer(requests, on_reply))
+            asyncio.run(self._answer(requests, on_replies))
         else:  # a notebook: its loop runs in this thread, so ours needs another
             with ThreadPoolExecutor(1) as thread:
-                thread.submit(asyncio.run, self._answer(requests, on_reply)).result()
+                thread.submit(asyncio.run, self._answer(requests, on_replies)).result()
 
-    async def _answer(self, requests: Sequence[Request], on_reply: Callable[[int, Reply], None]) -> None:
+    async def _answer(self, requests: Sequence[Request], on_replies: OnReplies) -> None:
         waiting = iter(enumerate(requests))  # shared: the workers are the limit on concurrency
         try:
             async with self._client() as client, asyncio.TaskGroup() as workers:
                 for _ in range(min(self._concurrency, len(requests))):
-                    workers.create_task(self._work(client, waiting, on_reply))
+                    workers.create_task(self._work(client, waiting, on_replies))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
@@ -251,10 +263,10 @@ class EndpointBackend:
         self,
         client: "openai.AsyncOpenAI",
         waiting: Iterable[tuple[int, Request]],
-        on_reply: Callable[[int, Reply], None],
+        on_replies: OnReplies,
     ) -> None:
         for i, request in waiting:
-            on_reply(i, await self._reply(client, request))
+            on_replies([(i, await self._reply(client, request))])
 
     async def _reply(self, client: "openai.AsyncOpenAI", request: Request) -> Reply:
         import openai

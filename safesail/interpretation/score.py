@@ -71,7 +71,8 @@ def score_stage(
             hook_point, latent = parse_neuron_id(row["neuron_id"], activations.hook_points)
             q = statistics[row["neuron_id"]]["normaliser"]
             found[row["neuron_id"]] = segments_of(recipe, activations, codes[hook_point], latent, q, tokenizer)
-            lexicon[row["neuron_id"]] = lexical_tokens(activations, codes[hook_point], latent, _N_LEXICAL)
+            active_above = recipe.score.active_above * q
+            lexicon[row["neuron_id"]] = lexical_tokens(activations, codes[hook_point], latent, active_above, _N_LEXICAL)
             progress.update(1)
     rows: list[Row] = []
     for simulator in recipe.score.simulators:
@@ -113,12 +114,12 @@ def segments_of(
     return Segments(texts, ids, torch.tensor(truth), torch.tensor(text_of))
 
 
-def lexical_tokens(activations: Activations, codes: Firings, latent: int, n: int) -> list[int]:
-    """The n tokens that carry most of a latent's activation on the explain half."""
+def lexical_tokens(activations: Activations, codes: Firings, latent: int, active_above: float, n: int) -> list[int]:
+    """The n tokens that carry most of a latent's activation on the explain half, counted where it is active."""
     values, rows = codes.of(latent)
     weights: dict[int, float] = {}
     for value, row in zip(values.tolist(), rows.tolist(), strict=True):
-        if activations.half[int(activations.piece_of_row[row])] == "explain":
+        if value > active_above and activations.half[int(activations.piece_of_row[row])] == "explain":
             token = int(activations.token_ids[row])
             weights[token] = weights.get(token, 0.0) + value
     return sorted(weights, key=lambda token: (-weights[token], token))[:n]

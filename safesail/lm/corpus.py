@@ -59,7 +59,7 @@ def documents(source: Source, taxonomy: Taxonomy, seed: int) -> Iterator[tuple[s
 
 
 def pack(lengths: list[int], window: int) -> list[list[int]]:
-    """Pieces packed into windows of at most `window` tokens, longest first within runs of 1024: lists of piece numbers."""
+    """Windows of at most `window` tokens as lists of piece numbers, packed longest first within runs of 1024 pieces."""
     windows: list[list[int]] = []
     for start in range(0, len(lengths), 1024):
         order = sorted(range(start, min(start + 1024, len(lengths))), key=lambda i: (-lengths[i], i))
@@ -160,6 +160,7 @@ def _rows(source: Source, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _local(source: Source) -> Any:
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(source.path)
     if not path.is_file():
@@ -172,8 +173,10 @@ def _local(source: Source) -> Any:
     datasets.disable_progress_bars()
     try:
         dataset = datasets.load_dataset(builder, data_files=str(path), split="train")
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as {builder}: {str(error.__cause__ or error).splitlines()[0]}") from error
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as {builder}: {str(error.__cause__ or error).splitlines()[0]}"
+        ) from error
     _check_field(source, dataset.column_names)
     return dataset
 

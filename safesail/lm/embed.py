@@ -28,10 +28,8 @@ class SentenceEncoder:
         self._tokenizer = load_tokenizer(path)
 
     @torch.inference_mode()
-    def encode(
-        self, texts: list[str], *, batch_size: int = 64, progress: Callable[[int], Any] | None = None
-    ) -> Tensor:
-        """The embedding of each text: (n_texts, d). Texts of similar length share a batch; equal texts are encoded once."""
+    def encode(self, texts: list[str], *, batch_size: int = 64, progress: Callable[[int], Any] | None = None) -> Tensor:
+        """The embedding of each text: (n_texts, d). Equal texts are encoded once, those of similar length together."""
         unique = sorted(set(texts), key=lambda text: (len(text), text))
         vectors = []
         for start in range(0, len(unique), batch_size):

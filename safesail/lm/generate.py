@@ -18,12 +18,14 @@ def complete(
     A completion ends at the first occurrence of a stop string, which is not part of it.
     """
     encoded = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    ids, mask = _left_padded(encoded, tokenizer.pad_token_id or 0, model.device)
+    n_shared = _shared_prefix(encoded)
+    ids, mask = _left_padded([row[n_shared:] for row in encoded], tokenizer.pad_token_id or 0, model.device)
+    mask = torch.cat([mask.new_ones(len(prompts), n_shared), mask], dim=1)
+    cache = _prefix_cache(model, encoded[0][:n_shared], len(prompts))
     kept: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
-    ends, cache = end_ids(model, tokenizer), None
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    step_ids, step_positions = ids, positions
+    ends = end_ids(model, tokenizer)
+    step_ids, step_positions = ids, (mask.cumsum(1) - 1)[:, n_shared:].clamp(min=0)
     for _ in range(max_tokens):
         output = model(
             input_ids=step_ids,
@@ -83,6 +85,22 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
         encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
     return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+
+
+def _shared_prefix(encoded: list[list[int]]) -> int:
+    """How many tokens all prompts begin with; at least one token of each is left over."""
+    shortest = min(len(ids) for ids in encoded)
+    same = next((i for i in range(shortest) if len({ids[i] for ids in encoded}) > 1), shortest)
+    return min(same, shortest - 1)
+
+
+def _prefix_cache(model: Any, ids: list[int], n: int) -> Any:
+    """The model's state after a shared prefix, read once and repeated n times; None for an empty prefix."""
+    if not ids:
+        return None
+    cache = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_repeat_interleave(n)
+    return cache
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

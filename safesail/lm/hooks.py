@@ -15,7 +15,7 @@ from safesail.errors import InputError
 __all__ = ["Depth", "capture", "check_hook_points", "module_at", "replace", "run_to_depth"]
 
 
-class Depth(Exception):  # noqa: N818 - control flow, not an error: every hook point has been read
+class Depth(Exception):
     """Raised inside a forward pass when the deepest hook point has been read."""
 
 

@@ -23,13 +23,16 @@ __all__ = [
 _BLOCK = 1 << 16
 
 
-def causal_lm(path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def causal_lm(
+    path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Any:
     """The causal LM at `path` (a transformers folder or a Hub id), in evaluation mode, without gradients."""
     from transformers import AutoModelForCausalLM
+
     check_weights(path)
     no_loading_bars()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
     except (OSError, ValueError) as error:
         raise InputError(f"the model {path} cannot be loaded: {first_line(error)}") from error
     return model.to(device).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from safesail.recipe import TokenPolicy
 
-__all__ = ["Span", "counted", "special_ids", "spans", "token_bytes"]
+__all__ = ["Span", "counted", "spans", "special_ids", "token_bytes"]
 
 
 class Span(NamedTuple):
@@ -36,7 +36,7 @@ def counted(policy: TokenPolicy, ids: Tensor, norms: Tensor, specials: list[int]
 
 
 def token_bytes(tokenizer: Any, ids: list[int]) -> list[bytes]:
-    """The exact bytes of each token. Byte-level BPE and byte-fallback vocabularies are undone, not decoded one by one."""
+    """The exact bytes of each token: byte-level BPE and byte-fallback vocabularies are undone, not decoded."""
     specials = set(tokenizer.added_tokens_decoder)
     tokens = tokenizer.convert_ids_to_tokens(ids)
     if _is_byte_level(tokenizer):

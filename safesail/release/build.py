@@ -127,7 +127,11 @@ def _snippets(examples: list[Row], taxonomy: Taxonomy) -> dict[str, str]:
         if row["neuron_id"] in snippets or row["half"] != "explain" or row["rank"] != 0:
             continue
         peak = row["peak"]
-        before, word, after = row["tokens"][max(peak - 5, 0) : peak], row["tokens"][peak], row["tokens"][peak + 1 : peak + 4]
+        before, word, after = (
+            row["tokens"][max(peak - 5, 0) : peak],
+            row["tokens"][peak],
+            row["tokens"][peak + 1 : peak + 4],
+        )
         text = redacted("".join(before), taxonomy) + _masked(word) + redacted("".join(after), taxonomy)
         snippets[row["neuron_id"]] = "… " + " ".join(text.split()) + " …"
     return snippets
@@ -163,7 +167,7 @@ def _saes(run: Run, facts: _Facts, folder: Path) -> None:
 
 def _contrast(facts: _Facts, sae_id: str) -> Row:
     numbers = facts.selection["curve"][sae_id]
-    return {"i_cdf": numbers["i_cdf"], "l0_t": numbers["l0_t"]}
+    return {key: numbers[key] for key in ("i_cdf", "i_cdf_swapped", "l0_t")}
 
 
 def _neurons(facts: _Facts, rows: list[Row], folder: Path) -> None:
@@ -181,6 +185,7 @@ def _neurons(facts: _Facts, rows: list[Row], folder: Path) -> None:
             "selected": sae_id in facts.selection["selected"].values(),
             **{key: facts.fidelity[sae_id][key] for key in ("explained_variance", "l0", "dead", "ce_recovered")},
             "i_cdf": facts.selection["curve"][sae_id]["i_cdf"],
+            "i_cdf_swapped": facts.selection["curve"][sae_id]["i_cdf_swapped"],
             **{f"l0_t_{t}": value for t, value in facts.selection["curve"][sae_id]["l0_t"].items()},
         }
         for sae_id in facts.sae_ids
@@ -189,7 +194,18 @@ def _neurons(facts: _Facts, rows: list[Row], folder: Path) -> None:
 
 
 def _examples(facts: _Facts, folder: Path) -> None:
-    published = ("neuron_id", "half", "rank", "stratum", "level", "activation", "text", "tokens", "activations", "source")
+    published = (
+        "neuron_id",
+        "half",
+        "rank",
+        "stratum",
+        "level",
+        "activation",
+        "text",
+        "tokens",
+        "activations",
+        "source",
+    )
     schema = pa.schema(
         [
             ("neuron_id", pa.string()),

@@ -41,7 +41,7 @@ def render(template: str, **facts: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 - Markdown, not HTML; foreign text goes through md_cell
+        autoescape=False,
     )
     environment.filters["md_cell"] = md_cell
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(facts))
@@ -103,7 +103,8 @@ def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonom
         "n_documents": facts.records["harvest"]["n_documents"],
         "n_training_tokens": facts.records["train"]["n_training_tokens"],
         "n_ce_tokens": facts.records["eval"]["n_ce_tokens"],
-        "usage": facts.records["explain"].get("usage") or {},
+        "n_explainer_tokens": sum(row["prompt_tokens"] + row["completion_tokens"] for row in facts.explanations),
+        "cost_usd": _cost(facts.explanations + facts.scores),
         "sources": [(name, n, by_origin[name].licence) for name, n in tokens_by_source.items()],
         "n_examples": len(facts.examples),
         "languages": list(dict.fromkeys(row["language"] for row in facts.explanations)),
@@ -115,10 +116,21 @@ def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonom
     }
 
 
+def _cost(rows: list[Row]) -> float | None:
+    """What the language model's answers cost, or None when a price is unknown."""
+    costs = [row["cost_usd"] for row in rows]
+    return None if any(cost is None for cost in costs) else sum(costs)
+
+
 def _saes_front(facts: dict[str, Any]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    metrics = (("explained_variance", "Explained variance"), ("ce_recovered", "CE recovered"), ("l0", "L0"), ("i_cdf", "I_CDF"))
+    metrics = (
+        ("explained_variance", "Explained variance"),
+        ("ce_recovered", "CE recovered"),
+        ("l0", "L0"),
+        ("i_cdf", "I_CDF"),
+    )
     results = [
         EvalResult(
             task_type="feature-extraction",
@@ -176,8 +188,8 @@ def _examples_front(facts: dict[str, Any]) -> str:
         configs,
         f"{facts['title']}: examples",
         extra_gated_heading="These texts contain offensive and disturbing content",
-        extra_gated_prompt="The examples are excerpts on which safety-related neurons fire. They are for research on the "
-        "safety of language models.",
+        extra_gated_prompt="The examples are excerpts on which safety-related neurons fire. "
+        "They are for research on the safety of language models.",
     )
 
 

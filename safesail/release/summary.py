@@ -1,5 +1,6 @@
 """The numbers of a release as tables: what the terminal, the cards and the README print."""
 
+import itertools
 import statistics
 from typing import Any
 
@@ -11,8 +12,8 @@ Row = dict[str, Any]
 
 
 def sae_table(curve: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: one row per SAE of the sweep, the selected ones marked. curve: rows of the `selection` table."""
-    header = ["SAE", "EV", "L0", "dead", "CE recovered", "I_CDF", "selected"]
+    """Header and cells: one row per SAE of the sweep. curve: rows of the `selection` table."""
+    header = ["SAE", "EV", "L0", "dead", "CE recovered", "I_CDF", "swapped", "selected"]
     cells = [
         [
             row["sae_id"],
@@ -20,7 +21,8 @@ def sae_table(curve: list[Row]) -> tuple[list[str], list[list[str]]]:
             f"{row['l0']:.1f}",
             f"{100 * row['dead']:.1f} %",
             "" if row["ce_recovered"] is None else f"{100 * row['ce_recovered']:.1f} %",
-            f"{row['i_cdf']:.5f}",
+            f"{row['i_cdf']:.4f}",
+            f"{row['i_cdf_swapped']:.4f}",
             "yes" if row["selected"] else "",
         ]
         for row in curve
@@ -38,7 +40,15 @@ def domains_summary(neurons: list[Row], domain_ids: list[str]) -> list[Row]:
 
 def domain_table(neurons: list[Row], domain_ids: list[str]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of `domains_summary`."""
-    header = ["domain", "neurons", "median score", "quartiles", f"score > {WEAK_BELOW:g}", "lexical baseline (median)", "beats the baseline"]
+    header = [
+        "domain",
+        "neurons",
+        "median score",
+        "quartiles",
+        f"score > {WEAK_BELOW:g}",
+        "lexical baseline (median)",
+        "beats the baseline",
+    ]
     cells = []
     for group in domains_summary(neurons, domain_ids):
         quartiles = "" if group["low"] is None else f"{group['low']:.2f} – {group['high']:.2f}"
@@ -62,7 +72,7 @@ def score_bands(neurons: list[Row]) -> list[tuple[str, int]]:
     scores = [row["score"] for row in neurons if row["score"] is not None]
     bands = [
         (f"{low:g} to {high:g}", sum(low < score <= high for score in scores))
-        for low, high in zip(edges, edges[1:], strict=False)
+        for low, high in itertools.pairwise(edges)
     ]
     undefined = len(neurons) - len(scores)
     return [*bands, ("undefined", undefined)] if undefined else bands
@@ -78,7 +88,10 @@ def aligned(header: list[str], cells: list[list[str]]) -> str:
     """A table for the terminal: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
     lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in [header, *cells]
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -77,7 +77,9 @@ class SaeConfig(Section):
     def from_json(cls, data: dict[str, Any], origin: str) -> "SaeConfig":
         """The config in a decoded `cfg.json`; InputError says which key is wrong."""
         metadata = data.get("metadata") or {}
-        foreign = {key: data[key] for key, value in _SAELENS.items() if key != "device" and data.get(key, value) != value}
+        foreign = {
+            key: data[key] for key, value in _SAELENS.items() if key != "device" and data.get(key, value) != value
+        }
         if foreign:
             raise InputError(f"{origin} asks for {foreign}, which safesail does not apply; it reads plain topk SAEs.")
         try:

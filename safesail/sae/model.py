@@ -113,9 +113,7 @@ class Sae(nn.Module):
         }
 
     @classmethod
-    def _read(
-        cls, repository: Repository, sae_id: str, device: str | torch.device, dtype: torch.dtype
-    ) -> "Sae":
+    def _read(cls, repository: Repository, sae_id: str, device: str | torch.device, dtype: torch.dtype) -> "Sae":
         config = SaeConfig.from_json(
             repository.json(f"{sae_id}/{CONFIG_FILE}"), f"{repository.source}/{sae_id}/{CONFIG_FILE}"
         )
@@ -137,7 +135,9 @@ class Sae(nn.Module):
             raise InputError(f"{weights} is not a readable safetensors file ({error}); download it again.") from error
         for name, shape in shapes.items():
             if name not in tensors:
-                raise InputError(f"{weights} has no tensor {name}; it holds {', '.join(sorted(tensors)) or 'none of ours'}.")
+                raise InputError(
+                    f"{weights} has no tensor {name}; it holds {', '.join(sorted(tensors)) or 'none of ours'}."
+                )
             if tuple(tensors[name].shape) != shape:
                 raise InputError(
                     f"{weights}: {name} is {tuple(tensors[name].shape)}, but its cfg.json says {shape} "

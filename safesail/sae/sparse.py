@@ -14,7 +14,7 @@ __all__ = ["Codes", "decode", "encode_topk", "topk"]
 
 
 class Codes(NamedTuple):
-    """The active latents of each token. values: (n_tokens, k), zero where fewer than k are active; indices: the same shape."""
+    """The active latents of each token. values, indices: (n_tokens, k); a value is 0 where fewer than k are active."""
 
     values: Tensor
     indices: Tensor
@@ -25,7 +25,7 @@ class Codes(NamedTuple):
 
 
 def topk(pre: Tensor, k: int) -> Codes:
-    """Safe-SAIL's TopK-then-ReLU: the k largest pre-activations of each token, the negative ones among them set to zero.
+    """Safe-SAIL's TopK, then ReLU: the k largest pre-activations of each token, the negative ones set to zero.
 
     pre: (n_tokens, d_sae). Exactly k entries are kept; which of several entries equal to the k-th largest stay is
     torch.topk's choice (the reference code keeps all of them, so its L0 can exceed k).

@@ -1,6 +1,6 @@
 """How faithful each SAE of the sweep is.
 
-Reads the harvest and the trained SAEs. Writes `fidelity.json` ({sae_id: numbers}) and `<sae_id>/firing_rates.safetensors`.
+Reads the harvest and the trained SAEs. Writes `fidelity.json` and, per SAE, `firing_rates.safetensors`.
 EV, L0 and CE recovered are over held-out documents, firing rates and dead latents over all harvested tokens.
 """
 
@@ -24,7 +24,6 @@ from safesail.progress import bar
 from safesail.recipe import Recipe
 from safesail.run import StageWork, write_json
 from safesail.sae import model as sae_files
-from safesail.sae.config import SaeConfig
 from safesail.sae.model import Sae
 from safesail.training.trainer import variants
 
@@ -60,7 +59,7 @@ def firing_rates(folder: Path, sae_id: str) -> Tensor:
 
 
 def reconstruct_counted(sae: Sae, x: Tensor, ids: Tensor, specials: list[int]) -> Tensor:
-    """x with the tokens that count under the SAE's policy replaced by their reconstruction. x: (..., d_in), ids: (...)."""
+    """x with the tokens that the SAE's policy counts replaced by their reconstruction. x: (..., d_in), ids: (...)."""
     config = sae.config
     keep = counted(config.token_policy, ids, x.norm(dim=-1), specials, config.median_norm)
     out = x.clone()
@@ -181,8 +180,3 @@ def _held_out_pieces(activations: Activations, n_tokens: int) -> list[list[int]]
     if not chosen:
         raise InputError("no held-out text of 8 tokens or more; raise corpus.n_held_out_tokens.")
     return chosen
-
-
-def configs_of(recipe: Recipe, activations: Activations) -> list[SaeConfig]:
-    """All configs of the sweep, hook point by hook point."""
-    return [config for name in activations.hook_points for config in variants(recipe, activations, name)]

@@ -87,13 +87,15 @@ def candidate_latents(
     """The safety-related latents of each domain, strongest first.
 
     A latent *wins* a pair when it is active with the concept and silent without, *loses* it the other way round. It is
-    a candidate when it wins at least `min_pairs` pairs of the domain and more than three times as many as it loses.
+    a candidate when it wins at least `min_pairs` pairs of the domain and more than three times as many as it loses. The
+    first `max_latents_per_domain` are marked to be explained; the rest stay listed, since a latent explained for one
+    domain may be a candidate for another too.
     high, low: (n_pairs, d_sae), the maxima with and without the concept.
     """
     wins, losses = contrast(high, low), contrast(low, high)
     found = {}
     for domain in dict.fromkeys(pair.domain for pair in pairs):
-        rows = torch.tensor([pair.domain == domain for pair in pairs])
+        rows = torch.tensor([i for i, pair in enumerate(pairs) if pair.domain == domain])
         won, lost = wins[rows].sum(0), losses[rows].sum(0)
         latents = ((won >= section.min_pairs) & (won > 3 * lost)).nonzero().flatten()
         p_values = sign_test(won[latents], lost[latents])
@@ -103,12 +105,12 @@ def candidate_latents(
                 "latent": int(latents[i]),
                 "n_wins": int(won[latents[i]]),
                 "n_losses": int(lost[latents[i]]),
-                "n_pairs": int(rows.sum()),
+                "n_pairs": len(rows),
                 "p_value": float(p_values[i]),
-                "concepts": sorted({pairs[row].concept for row in wins[:, latents[i]].nonzero().flatten().tolist()
-                                    if pairs[row].domain == domain}),
+                "concepts": sorted({pairs[row].concept for row in rows[wins[rows, latents[i]]].tolist()}),
+                "explain": rank < section.max_latents_per_domain,
             }
-            for i in order[: section.max_latents_per_domain]
+            for rank, i in enumerate(order)
         ]
     return found
 
@@ -128,20 +130,26 @@ def _maxima(sae: Sae, captured: list[tuple[Tensor, Tensor]], specials: list[int]
 
 
 def _contrast_numbers(high: Tensor, low: Tensor, pairs: list[Pair], section: SelectSection) -> dict[str, Any]:
-    """I_CDF and L_{0,t}, averaged over categories."""
-    distinguishes = contrast(high, low)
-    categories = dict.fromkeys((pair.domain, pair.category) for pair in pairs)
-    by_category = []
-    for key in categories:
-        rows = torch.tensor([(pair.domain, pair.category) == key for pair in pairs])
-        by_category.append(distinguishing_frequency(distinguishes[rows]))
+    """I_CDF and L_{0,t}, averaged over categories, and I_CDF with the sides of each pair swapped: its noise floor."""
+    by_category = _frequencies(contrast(high, low), pairs)
+    swapped = _frequencies(contrast(low, high), pairs)
     return {
         "i_cdf": sum(map(i_cdf, by_category)) / len(by_category),
+        "i_cdf_swapped": sum(map(i_cdf, swapped)) / len(swapped),
         "l0_t": {
             f"{t:g}": sum(l0_above(frequency, t) for frequency in by_category) / len(by_category)
             for t in section.thresholds
         },
     }
+
+
+def _frequencies(distinguishes: Tensor, pairs: list[Pair]) -> list[Tensor]:
+    """f_j of every category: (d_sae,) each. distinguishes: (n_pairs, d_sae)."""
+    categories = [(pair.domain, pair.category) for pair in pairs]
+    return [
+        distinguishing_frequency(distinguishes[torch.tensor([category == key for category in categories])])
+        for key in dict.fromkeys(categories)
+    ]
 
 
 def _short(fidelity: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ While it works: `checkpoint.safetensors`, the exact state of the hook point in t
 """
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,18 +20,19 @@ from safesail.progress import bar
 from safesail.recipe import Recipe
 from safesail.run import StageWork
 from safesail.sae.config import SaeConfig
-from safesail.training.step import SaeTrainer, generator
+from safesail.training.step import SaeTrainer, StepFacts, generator
 
 __all__ = ["batches", "train_stage", "variants"]
 
 _MEAN_ROWS = 65536
+_FINISHED = "finished"
 
 
 def train_stage(recipe: Recipe, activations: Activations, work: StageWork) -> None:
     """Train all SAEs of the recipe; an interrupted call goes on at the last checkpoint and gives the same bytes."""
     saved = {}
     for hook_point in activations.hook_points:
-        if not _finished(recipe, activations, hook_point, work.folder):
+        if not (work.folder / hook_point / _FINISHED).is_file():
             _train_hook_point(recipe, activations, hook_point, work.folder)
         saved[hook_point] = [config.variant for config in variants(recipe, activations, hook_point)]
     (work.folder / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -77,6 +78,7 @@ def _train_hook_point(recipe: Recipe, activations: Activations, hook_point: str,
     ]
     checkpoint = _Checkpoint(folder / "checkpoint.safetensors", hook_point, recipe.runtime.checkpoint_seconds)
     done = checkpoint.restore(trainers)
+    log = _Log(folder / "log.jsonl", hook_point, done)
     with bar(f"train {hook_point}", n_steps * len(trainers), "step") as progress:
         progress.update(done * len(trainers))
         for step, indices in enumerate(batches(rows, recipe, hook_point, done), start=done + 1):
@@ -89,32 +91,30 @@ def _train_hook_point(recipe: Recipe, activations: Activations, hook_point: str,
                         "lower train.learning_rate and run the same command again."
                     )
                 if step % 50 == 0 or step == n_steps:
-                    _log(folder / "log.jsonl", trainer.config.sae_id, step, facts)
+                    log.write(trainer.config.sae_id, step, facts)
                 progress.update(1)
             progress.set_postfix_str(f"fvu {float(facts.fvu):.3f} dead {facts.n_dead}", refresh=False)
             checkpoint.save_if_due(trainers)
     for trainer in trainers:
         trainer.finish(scale).save(folder / trainer.config.sae_id)
-    (folder / hook_point / "finished").touch()
+    (folder / hook_point / _FINISHED).touch()
 
 
 class _Checkpoint:
     """The exact state of all trainers of a hook point, written every so many seconds."""
 
     def __init__(self, path: Path, hook_point: str, seconds: float) -> None:
-        import time
-
-        self.path, self.hook_point, self.seconds, self._clock = path, hook_point, seconds, time.monotonic
-        self._last = self._clock()
+        self.path, self.hook_point, self.seconds = path, hook_point, seconds
+        self._last = time.monotonic()
 
     def save_if_due(self, trainers: list[SaeTrainer]) -> None:
-        if self._clock() - self._last < self.seconds:
+        if time.monotonic() - self._last < self.seconds:
             return
         tensors = {f"{i}/{key}": value for i, t in enumerate(trainers) for key, value in t.state().items()}
         temporary = self.path.with_suffix(".new")
         save_file(tensors, temporary, metadata={"hook_point": self.hook_point})
         temporary.rename(self.path)
-        self._last = self._clock()
+        self._last = time.monotonic()
 
     def restore(self, trainers: list[SaeTrainer]) -> int:
         """Load the state if it is this hook point's; returns the number of steps done."""
@@ -149,11 +149,17 @@ def _scale_and_mean(activations: Activations, hook_point: str, rows: Tensor, see
     return scale, x.double().mean(0).float() * scale
 
 
-def _finished(recipe: Recipe, activations: Activations, hook_point: str, folder: Path) -> bool:
-    return (folder / hook_point / "finished").is_file()
+class _Log:
+    """The training curve, one JSON line per logged step; lines after the step we resume from are dropped."""
 
+    def __init__(self, path: Path, hook_point: str, done: int) -> None:
+        self.path = path
+        if path.is_file():
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in lines if not line["sae"].startswith(f"{hook_point}/") or line["step"] <= done]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
-def _log(path: Path, sae_id: str, step: int, facts: Any) -> None:
-    line = {"sae": sae_id, "step": step, "fvu": float(facts.fvu), "aux": float(facts.auxiliary), "dead": facts.n_dead}
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(line) + "\n")
+    def write(self, sae_id: str, step: int, facts: StepFacts) -> None:
+        numbers = {"fvu": float(facts.fvu), "aux": float(facts.auxiliary), "dead": facts.n_dead}
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"sae": sae_id, "step": step, **numbers}) + "\n")

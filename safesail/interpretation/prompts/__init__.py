@@ -20,4 +20,6 @@ def prompt_hash(name: str) -> str:
 
 def prompts_fingerprint() -> str:
     """One hash over all templates."""
-    return hashlib.sha256("".join(prompt_hash(path.stem) for path in sorted(_FOLDER.glob("*.txt"))).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(prompt_hash(path.stem) for path in sorted(_FOLDER.glob("*.txt"))).encode()
+    ).hexdigest()

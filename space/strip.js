@@ -1,0 +1,93 @@
+// The token strip: one button a token, in a toolbar that the arrow keys walk through.
+// Tokens are set as text nodes and attributes here, and never pass through gradio's HTML template: its output is
+// evaluated as JavaScript, so that a token like `${…}` would run.
+const strip = element.querySelector(".strip");
+
+function tokenButton(token, index) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = ["token", token.special && "special", token.gap && "gap", token.blank && "blank"].filter(Boolean).join(" ");
+  button.textContent = token.text;
+  button.title = token.label;
+  button.setAttribute("aria-label", token.label);
+  button.dataset.index = index;
+  button.style.setProperty("--strength", token.strength);
+  if (token.value) button.dataset.value = token.value;
+  return button;
+}
+
+function sectionOf({ name, first, tokens }) {
+  const section = document.createElement("div");
+  section.className = `section ${name.toLowerCase()}`;
+  section.setAttribute("role", "group");
+  section.setAttribute("aria-label", `${name}, ${tokens.length} tokens`);
+  const heading = section.appendChild(document.createElement("div"));
+  heading.className = "heading";
+  heading.textContent = `${name} · ${tokens.length} tokens`;
+  let line = null;
+  tokens.forEach((token, i) => {
+    if (!line) {
+      line = section.appendChild(document.createElement("div"));
+      line.className = "line";
+      line.dir = "auto"; // right-to-left text runs from the right, token by token
+    }
+    line.append(tokenButton(token, first + i));
+    if (token.ends_line) line = null;
+  });
+  return section;
+}
+
+function buttons() {
+  return [...strip.querySelectorAll("button")];
+}
+
+function mark(index) {
+  for (const [i, button] of buttons().entries()) {
+    button.setAttribute("aria-pressed", i === index);
+    button.tabIndex = i === index ? 0 : -1;
+  }
+}
+
+function render() {
+  const { sections = [], selected = 0, message = "" } = props.value || {};
+  strip.replaceChildren(...sections.map(sectionOf));
+  if (!sections.length) strip.textContent = message;
+  mark(selected);
+}
+
+function neighbour(all, i, key) {
+  const steps = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: all.length - 1 };
+  if (key in steps) return all[steps[key]];
+  const here = all[i].getBoundingClientRect();
+  const side = { ArrowDown: (box) => box.top > here.bottom - 2, ArrowUp: (box) => box.bottom < here.top + 2 }[key];
+  if (!side) return undefined;
+  const distance = (box) => 1000 * Math.abs(box.top - here.top) + Math.abs(box.left - here.left);
+  const there = all.map((button) => [button, button.getBoundingClientRect()]).filter(([, box]) => side(box));
+  return there.sort((a, b) => distance(a[1]) - distance(b[1]))[0]?.[0];
+}
+
+strip.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (!button) return;
+  const index = Number(button.dataset.index);
+  mark(index);
+  trigger("select", { index, value: index });
+});
+
+strip.addEventListener("keydown", (event) => {
+  const all = buttons();
+  const next = neighbour(all, all.indexOf(document.activeElement), event.key);
+  if (!next) return;
+  event.preventDefault();
+  next.focus();
+});
+
+// gradio submits on Shift-Enter only.
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || !event.target.closest("#prompt")) return;
+  event.preventDefault();
+  document.querySelector("#run").click();
+});
+
+watch("value", render);
+render();
