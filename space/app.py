@@ -28,8 +28,13 @@ from safesail.errors import InputError
 HERE = Path(__file__).resolve().parent
 MODEL = "model"
 """The concurrency group of all that runs the language model: one at a time."""
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
-"""Options of the light events of the page, which must answer while the model is busy."""
+LIGHT: dict[str, Any] = {
+    "api_visibility": "private",
+    "queue": False,
+    "show_progress": "hidden",
+    "trigger_mode": "always_last",
+}
+"""Options of the page's own small events: they answer while the model is busy, and no click is lost."""
 
 READING = """**How to read this.** The colour of a token and the number under it are its *strength*: the activation of
 the strongest neuron of the chosen domains. An activation of 1 is a strong one for that neuron, its 99.9 % quantile over
@@ -94,8 +99,10 @@ def _inspector_tab(page: Page) -> None:
     with gr.Column(visible=False) as details:
         with gr.Row(equal_height=True):
             choices = [(view.title(domain), domain) for domain in domains]
-            chosen = gr.CheckboxGroup(choices, value=domains, label="Colour the tokens by neurons of", scale=2)
-            explained = gr.Checkbox(True, label="Only neurons with an explanation", min_width=260)
+            chosen = gr.CheckboxGroup(
+                choices, value=domains, label="Colour the tokens by neurons of", scale=2, min_width=330
+            )
+            explained = gr.Checkbox(True, label="Only neurons with an explanation", min_width=330)
         headline = gr.HTML("", js_on_load=None, elem_id="headline")
         table = _table(view.NEURONS, [105, 295, 110, 165, 155, 120, 120, 130], "neurons", "Neurons of the token")
         gr.Markdown(READING)
@@ -114,9 +121,9 @@ def _inspector_tab(page: Page) -> None:
         concurrency_limit=1,
         concurrency_id=MODEL,
     )
-    stop.click(lambda: view.waiting("Stopped."), None, strip, cancels=[running], **PRIVATE)
-    strip.select(page.select, [seen, chosen, explained], shown[1:], trigger_mode="always_last", **PRIVATE)
-    gr.on([chosen.input, explained.input], page.show, [seen, chosen, explained], shown, **PRIVATE)
+    stop.click(page.stop, seen, [strip, details], cancels=[running], **LIGHT)
+    strip.select(page.select, [seen, chosen, explained], shown[1:], **LIGHT)
+    gr.on([chosen.input, explained.input], page.show, [seen, chosen, explained], shown, **LIGHT)
 
 
 def _settings() -> list[Component]:
@@ -141,20 +148,21 @@ def _neurons_tab(page: Page) -> None:
         min_score = gr.Slider(0, 1, 0, step=0.05, label="Minimum score (0: all)", min_width=220)
     line, rows = page.find("", "", "", 0)
     count = gr.Markdown(line)
-    widths: list[str | int] = [165, 320, 115, 130, 130, 95, 155, 120]
+    widths: list[str | int] = [165, 300, 115, 130, 130, 95, 155, 115]
     table = _table(view.FOUND, widths, "found", "Neurons found", rows)
     inputs = [text, domain, hook_point, min_score]
     gr.on(
-        [text.input, domain.input, hook_point.input, min_score.release],
+        [text.change, domain.input, hook_point.input, min_score.release],
         page.find,
         inputs,
         [count, table],
-        trigger_mode="always_last",
-        **PRIVATE,
+        **LIGHT,
     )
 
 
-def _table(headers: list[str], widths: list[str | int], name: str, rows: list[view.Row] | None = None) -> gr.Dataframe:
+def _table(
+    headers: list[str], widths: list[str | int], name: str, label: str, rows: list[view.Row] | None = None
+) -> gr.Dataframe:
     """A table whose cells are plain text, never HTML or Markdown."""
     return gr.Dataframe(
         rows or [],
@@ -176,8 +184,10 @@ def _about(inspector: Inspector) -> str:
     """One sentence naming the release, the base model, the hook points and the number of neurons."""
     sae = next(iter(inspector.saes.values()))
     hook_points = ", ".join(f"`{name}`" for name in inspector.saes)
+    folder = Path(inspector.release)
+    name = folder.name if folder.is_dir() else inspector.release
     return (
-        f"Release `{Path(inspector.release).name}`: {len(inspector.database):,} explained neurons of sparse "
+        f"Release `{name}`: {len(inspector.database):,} explained neurons of sparse "
         f"autoencoders that read {hook_points} of `{sae.config.model_name}`."
     )
 
@@ -196,6 +206,7 @@ def theme() -> Base:
         block_label_text_color="*body_text_color",
         block_title_text_color="*body_text_color",
         block_info_text_color="*body_text_color_subdued",
+        color_accent="*primary_600",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
     )
@@ -220,11 +231,15 @@ def main() -> None:
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     inspector = Inspector.from_pretrained(release, model=os.environ.get("SAFESAIL_MODEL") or None, device=device)
-    launch(
-        build(inspector),
-        server_name=os.environ.get("SAFESAIL_HOST", "0.0.0.0" if space else "127.0.0.1"),
-        server_port=int(os.environ.get("SAFESAIL_PORT", "7860")),
-    )
+    host = os.environ.get("SAFESAIL_HOST", "0.0.0.0" if space else "127.0.0.1")
+    port = os.environ.get("SAFESAIL_PORT", "7860")
+    if not port.isdecimal():
+        raise InputError(f"SAFESAIL_PORT is {port!r}; set it to a number, as 7860.")
+    print(f"safesail: the inspector of {release} is at http://{host}:{port} (Ctrl-C stops it)", flush=True)
+    try:
+        launch(build(inspector), server_name=host, server_port=int(port))
+    except OSError as error:  # gradio's, when the port is taken
+        raise InputError(f"cannot serve at {host}:{port}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ except ImportError:
 
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 from typing import Any, NamedTuple
 
@@ -68,6 +69,13 @@ class Page:
         except InputError as error:
             gr.Warning(_sentence(error))
             yield "", view.waiting(_sentence(error, escaped=False)), "", [], None, gr.Column(visible=False)
+
+    def stop(self, seen: Seen | None) -> tuple[Any, Any]:
+        """Say that the answer was stopped, unless it was finished before."""
+        if seen is not None:
+            return gr.skip(), gr.skip()
+        sentence = "Stopped. Tokens are shown of finished answers; fewer new tokens make a shorter one."
+        return view.waiting(sentence), gr.Column(visible=False)
 
     def show(self, seen: Seen | None, domains: list[str], explained_only: bool) -> tuple[Any, ...]:
         """The strip, the headline and the table of what a visitor looks at."""
@@ -128,7 +136,7 @@ class Page:
             Its row (`explanation`, `domains`, `score`, …), its `scores` by every method, and its `quantiles`.
         """
         with _api_errors():
-            row = self.database[id]
+            row = self.database[str(id)]
         name = row["neuron_id"]
         return {**row, "scores": self.database.scores.get(name, []), "quantiles": self.database.quantiles.get(name)}
 
@@ -143,14 +151,18 @@ class Page:
             hook_point: Only neurons of this hook point; empty for all.
             min_score: Only neurons with at least this score; null for all, those without a score included.
         """
+        with _api_errors():
+            least = None if min_score is None else _within("min_score", min_score, -1, 1)
         return self.database.search(
-            text or "", domain=domain or None, hook_point=hook_point or None, min_score=min_score
+            str(text or ""), domain=domain or None, hook_point=hook_point or None, min_score=least
         )
 
     def _answers(self, prompt: str, mode: str, max_new_tokens: Any, temperature: Any, seed: Any, system: str) -> Any:
         """Stream the answer to checked settings; InputError says which of them is wrong."""
         if mode not in ("chat", "raw"):
             raise InputError(f"the mode is {mode!r}; use chat or raw.")
+        if not (isinstance(prompt, str) and isinstance(system, str)):
+            raise InputError("the prompt and the system prompt must be texts.")
         longest = 20 * self.inspector.max_tokens
         if len(prompt) + len(system) > longest:
             raise InputError(f"the prompt has {len(prompt) + len(system):,} characters; the limit is {longest:,}.")
@@ -167,15 +179,13 @@ class Page:
         return view.headline(seen.inspection, seen.index, hits, strengths[seen.index]), view.hit_rows(hits)
 
 
-class _api_errors:
+@contextmanager
+def _api_errors() -> Iterator[None]:
     """A person's mistake reaches the API's caller as its sentence, without a traceback in the log."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, InputError):
-            raise gr.Error(str(error), print_exception=False) from error
+    try:
+        yield
+    except InputError as error:
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 def _within(name: str, value: Any, low: float, high: float) -> float:

@@ -16,22 +16,34 @@ function tokenButton(token, index) {
   return button;
 }
 
+// The way a token's letters run. Digits run left to right in every script, a token without letters as those before it.
+function direction({ text, special }) {
+  if (special || !/[\p{L}\p{N}]/u.test(text)) return "";
+  return /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/.test(text) && !/\p{N}/u.test(text) ? "rtl" : "ltr";
+}
+
+function appended(parent, tag, className) {
+  const child = parent.appendChild(document.createElement(tag));
+  child.className = className;
+  return child;
+}
+
+// Buttons do not take part in the browser's ordering of mixed scripts, so that runs of one direction are made here.
 function sectionOf({ name, first, tokens }) {
   const section = document.createElement("div");
   section.className = `section ${name.toLowerCase()}`;
   section.setAttribute("role", "group");
   section.setAttribute("aria-label", `${name}, ${tokens.length} tokens`);
-  const heading = section.appendChild(document.createElement("div"));
-  heading.className = "heading";
-  heading.textContent = `${name} · ${tokens.length} tokens`;
+  appended(section, "div", "heading").textContent = `${name} · ${tokens.length} tokens`;
   let line = null;
+  let run = null;
   tokens.forEach((token, i) => {
-    if (!line) {
-      line = section.appendChild(document.createElement("div"));
-      line.className = "line";
-      line.dir = "auto"; // right-to-left text runs from the right, token by token
-    }
-    line.append(tokenButton(token, first + i));
+    const way = direction(token);
+    if (!line) [line, run] = [appended(section, "div", "line"), null];
+    if (way && !line.dir) line.dir = way;
+    if (!run || (way && run.dir && way !== run.dir)) run = appended(line, "span", "run");
+    if (way) run.dir = way;
+    run.append(tokenButton(token, first + i));
     if (token.ends_line) line = null;
   });
   return section;

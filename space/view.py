@@ -25,17 +25,9 @@ __all__ = [
     "waiting",
 ]
 
-NEURONS = [
-    "Activation",
-    "Explanation",
-    "Domains",
-    "Score (95 % interval)",
-    "Neuron",
-    "Hook point",
-    "Explainer",
-    "Simulator",
-]
-FOUND = ["Score", "Explanation", "Domains", "Category", "Concept", "Firing rate", "Neuron", "Hook point"]
+SCORE = "Score (95 % interval)"
+NEURONS = ["Activation", "Explanation", "Domains", SCORE, "Neuron", "Hook point", "Explainer", "Simulator"]
+FOUND = [SCORE, "Explanation", "Domains", "Category", "Concept", "Firing rate", "Neuron", "Hook point"]
 MAX_ROWS = 100
 STRONG = 0.5
 """From this strength on the number stands under its token."""

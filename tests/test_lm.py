@@ -137,7 +137,9 @@ def test_replace_changes_the_output_inside_the_context_only(model: Any):
 @pytest.mark.parametrize("seed", range(6))
 def test_pack_uses_every_piece_once_and_never_exceeds_the_window(seed: int):
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 65, (int(torch.randint(1, 3000, (1,), generator=generator)),), generator=generator).tolist()
+    lengths = torch.randint(
+        1, 65, (int(torch.randint(1, 3000, (1,), generator=generator)),), generator=generator
+    ).tolist()
     windows = pack(lengths, 64)
     assert sorted(i for members in windows for i in members) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in members) <= 64 for members in windows)
@@ -298,7 +300,9 @@ def test_a_byte_fallback_vocabulary_is_undone_as_well():
         (False, 2.0, 2.0, [True, True, False, False, False]),
     ],
 )
-def test_which_tokens_count_by_hand(exclude_special: bool, multiple: float | None, median: float | None, expected: list):
+def test_which_tokens_count_by_hand(
+    exclude_special: bool, multiple: float | None, median: float | None, expected: list
+):
     policy = TokenPolicy(exclude_special=exclude_special, sink_norm_multiple=multiple)
     ids, norms = torch.tensor([0, 5, 6, 7, 1]), torch.tensor([1.0, 2.0, 20.0, 20.1, 99.0])
     assert counted(policy, ids, norms, [0, 1], median).tolist() == expected
@@ -480,15 +484,25 @@ def test_every_source_fills_its_share(texts: Path, tokenizer: Any):
     for i, copy in enumerate(copies):
         rows = [json.loads(line) for line in texts.read_text().splitlines()]
         Path(copy).write_text("".join(json.dumps(row | {"id": f"{i}/{row['id']}"}) + "\n" for row in rows))
-    sources = [{"path": copies[0], "weight": 3.0, "origin": "large"}, {"path": copies[1], "weight": 1.0}]
+    sources = [
+        {"path": copies[0], "weight": 3.0, "origin": "large"},
+        {"path": copies[1], "weight": 1.0, "origin": "small"},
+    ]
     pieces = pieces_of(corpus(sources, n_tokens=8000), tokenizer)
     n_tokens: Counter[str] = Counter()
     for piece in pieces:
         n_tokens[piece.source] += len(piece.ids)
     assert n_tokens["large"] == pytest.approx(6000, abs=100)  # a document more at most
-    assert n_tokens[copies[1]] == pytest.approx(2000, abs=100)
-    assert all(n >= quota for n, quota in ((n_tokens["large"], 6000), (n_tokens[copies[1]], 2000)))
+    assert n_tokens["small"] == pytest.approx(2000, abs=100)
+    assert all(n >= quota for n, quota in ((n_tokens["large"], 6000), (n_tokens["small"], 2000)))
     assert len({piece.source for piece in pieces[:20]}) == 2  # shuffled together
+
+
+def test_a_source_without_an_origin_is_not_named_by_its_folder(texts: Path, tokenizer: Any):
+    """What a piece says of its source is published: the cards and the examples name it."""
+    pieces = pieces_of(corpus([{"path": str(texts)}]), tokenizer)
+    assert not any(str(texts.parent) in piece.source for piece in pieces)
+    assert all("mini" in piece.source for piece in pieces)
 
 
 def test_the_same_seed_gives_the_same_pieces(texts: Path, tokenizer: Any):
@@ -625,7 +639,9 @@ def test_every_row_belongs_to_its_document_and_side(pieces: list[Piece], whole: 
     for piece in pieces:
         expected[piece.held_out] += len(piece.ids)
     assert Counter(activations.rows_held_out().tolist()) == expected
-    found = {(d, h, tuple(i)) for d, h, i in zip(activations.documents, activations.half, activations.piece_ids, strict=True)}
+    found = {
+        (d, h, tuple(i)) for d, h, i in zip(activations.documents, activations.half, activations.piece_ids, strict=True)
+    }
     assert found == {(piece.document, piece.half, tuple(piece.ids)) for piece in pieces}
 
 
@@ -665,9 +681,9 @@ def test_a_harvest_does_not_depend_on_the_batch_size(model: Any, pieces: list[Pi
 def test_an_activation_that_16_bits_do_not_hold_names_the_hook_point(
     model: Any, pieces: list[Piece], tmp_path: Path, value: float, shown: str
 ):
-    with replace(model, "layers.1.mlp", lambda x: torch.full_like(x, value)):
-        with pytest.raises(InputError, match=rf"activation at layers\.1\.mlp is {shown}"):
-            harvested(model, pieces[:5], tmp_path)
+    message = rf"activation at layers\.1\.mlp is {shown}"
+    with replace(model, "layers.1.mlp", lambda x: torch.full_like(x, value)), pytest.raises(InputError, match=message):
+        harvested(model, pieces[:5], tmp_path)
     assert not list(tmp_path.glob("shard-*.safetensors"))
 
 
@@ -681,7 +697,9 @@ def without(folder: Path, target: Path, pattern: str) -> str:
     return str(target)
 
 
-@pytest.mark.parametrize(("pattern", "message"), [("*.safetensors", "has no weights"), ("config.json", "no config.json")])
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("*.safetensors", "has no weights"), ("config.json", "no config.json")]
+)
 def test_a_model_folder_that_lacks_a_file_says_which(tiny_model: Path, tmp_path: Path, pattern: str, message: str):
     path = without(tiny_model, tmp_path / "model", pattern)
     with pytest.raises(InputError, match=message) as caught:

@@ -1,6 +1,7 @@
 """Every published number, against values written out by hand or computed by another route (numpy, a binomial sum)."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -152,7 +153,7 @@ def test_the_normaliser_rises_steadily_with_the_firing_rate():
         float(normaliser(*map(torch.tensor, statistics_of([float(i + 1) for i in range(n)], 10_000))))
         for n in range(1, 60)
     ]
-    assert all(0 <= after - before <= 1 for before, after in zip(values, values[1:], strict=False))
+    assert all(0 <= after - before <= 1 for before, after in pairwise(values))
 
 
 @pytest.mark.parametrize("seed", range(8))

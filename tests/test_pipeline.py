@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -232,3 +233,15 @@ def test_the_package_imports_in_under_a_second_without_torch():
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ)
     assert float(printed.stdout) < 1
+
+
+def test_the_readme_loading_snippets_run_as_printed(demo_run: Path, tiny_model: Path, monkeypatch, capsys):
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(block.replace("runs/demo", str(demo_run)).replace("layers.9.mlp", "layers.0.mlp"), names)
+    assert names["latents"].shape[1] == names["sae"].config.d_sae
+    assert len(names["english"]) == len(names["neurons"])
+    assert "president" in capsys.readouterr().out

@@ -102,7 +102,7 @@ def test_all_mistakes_are_listed_at_once(load: Any):
         ("corpus.n_held_out_tokens=501", "corpus: n_held_out_tokens = 501 is more than half of n_tokens = 1000"),
         ("corpus.n_tokens=0", r"corpus\.n_tokens: .* greater than or equal to 1"),
         ("corpus.sources=[]", r"corpus\.sources: .* at least 1 item"),
-        ('corpus.sources=[{weight = 1.0}]', r"corpus\.sources\.0\.path is missing"),
+        ("corpus.sources=[{weight = 1.0}]", r"corpus\.sources\.0\.path is missing"),
         ('corpus.sources=[{path = "a", weight = 0}]', r"corpus\.sources\.0\.weight: .* greater than 0"),
         ('harvest.hook_points=["layers.0", "layers.0"]', "harvest: hook_points names one twice"),
         ("tokens.sink_norm_multiple=1", r"tokens\.sink_norm_multiple: .* greater than 1"),
@@ -136,7 +136,7 @@ def test_a_missing_key_is_named(recipe_file: Path):
         ("model.note=a=b", "model", "note", "a=b"),
         (" train.epochs = 3 ", "train", "epochs", 3),
         ("tokens.exclude_special=false", "tokens", "exclude_special", False),
-        ("publish.languages=[\"en\", \"zh\"]", "publish", "languages", ("en", "zh")),
+        ('publish.languages=["en", "zh"]', "publish", "languages", ("en", "zh")),
         ("publish.title=", "publish", "title", ""),
     ],
 )
@@ -180,7 +180,11 @@ def test_differences_name_the_nested_key_with_both_values_and_leave_runtime_out(
     old, new = load().dump(), load("train.k=[16]", "seed=1", "runtime.threads=2", "publish.title=T").dump()
     assert differences(old, new) == ["publish.title was '', is 'T'", "seed was 0, is 1", "train.k was [4, 8], is [16]"]
     assert differences(old, old) == []
-    assert differences({"a": 1, "b": {"c": 2}}, {"b": {"d": 3}}) == ["a was 1, is None", "b.c was 2, is None", "b.d was None, is 3"]
+    assert differences({"a": 1, "b": {"c": 2}}, {"b": {"d": 3}}) == [
+        "a was 1, is None",
+        "b.c was 2, is None",
+        "b.d was None, is 3",
+    ]
 
 
 def test_a_long_value_is_shortened_in_differences():
@@ -249,7 +253,7 @@ def test_a_folder_that_is_no_run_cannot_be_opened(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"schema": 99}', "has schema 99; this safesail reads schema 1"),
+        ('{"schema": 99}', "has schema 99.* safesail reads schema 1"),
         ('{"recipe": ', "is not valid JSON"),
         ("[]", "run.json"),
         ('{"schema": 1}', "run.json"),
@@ -309,12 +313,13 @@ def test_a_change_makes_its_stage_and_those_after_it_stale(run: Run, load: Any, 
 
 
 @pytest.mark.parametrize(
-    ("outside", "first"), [("model", "harvest"), ("texts", "harvest"), ("pairs", "select"), ("encoder", "explain"), ("cards", "build")]
+    ("outside", "first"),
+    [("model", "harvest"), ("texts", "harvest"), ("pairs", "select"), ("encoder", "explain"), ("cards", "build")],
 )
 def test_a_change_outside_the_recipe_makes_its_readers_stale(run: Run, outside: str, first: str):
     finish(run, *STAGES)
     changed = Run(run.folder, run.recipe, inputs={outside: "changed"})
-    assert [name for name, state in states(changed).items() if state == "stale"][0] == first
+    assert next(name for name, state in states(changed).items() if state == "stale") == first
     assert changed.state("build") == "stale"
 
 
@@ -327,10 +332,15 @@ def test_a_stage_made_anew_replaces_its_old_result(run: Run, load: Any):
     assert not (changed.result("harvest") / "old.txt").exists()
 
 
-def interrupt(run: Run, name: str) -> None:
-    with pytest.raises(KeyboardInterrupt), run.stage(name) as work:
+def work_halfway(run: Run, name: str) -> None:
+    with run.stage(name) as work:
         (work.folder / "half.txt").write_text("half")
         raise KeyboardInterrupt
+
+
+def interrupt(run: Run, name: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        work_halfway(run, name)
 
 
 def test_an_interrupted_stage_goes_on_with_its_partial_work(run: Run, load: Any):

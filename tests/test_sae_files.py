@@ -87,7 +87,9 @@ def test_load_all_gives_the_selected_one_of_every_hook_point(release: Path):
 
 
 def test_the_dtype_asked_for_is_the_dtype_given(release: Path):
-    assert {value.dtype for value in Sae.from_pretrained(release, MLP, dtype=torch.float64).parameters()} == {torch.double}
+    assert {value.dtype for value in Sae.from_pretrained(release, MLP, dtype=torch.float64).parameters()} == {
+        torch.double
+    }
     assert Sae.load_all(release, dtype=torch.float16)[MLP].W_enc.dtype == torch.float16
 
 

@@ -191,6 +191,7 @@ def test_inspect_takes_raw_text_and_a_system_prompt(client: Any, inspector: Insp
         ({"prompt": "a", "max_new_tokens": 1000}, "give a number from 0 to 256"),
         ({"prompt": "a", "temperature": "hot"}, "give a number from 0 to 2"),
         ({"prompt": "a", "seed": -1}, "seed is -1"),
+        ({"prompt": None}, "must be texts"),
     ],
 )
 def test_a_mistake_is_answered_with_its_sentence(client: Any, arguments: dict[str, Any], sentence: str) -> None:
@@ -353,6 +354,7 @@ def test_hostile_text_is_shown_and_inert(page: Any, inspector: Inspector) -> Non
     assert "&lt;" in together
     assert "{{7*7}}" in together
     assert "你好" in together
+    assert "".join(page.locator("#strip .run[dir=rtl]").all_text_contents()).startswith("שלום␣عالم")
     for index in range(0, len(shown), 7):
         tokens.nth(index).click()
         page.locator("#headline", has_text=re.compile(rf"Token {index + 1}\b")).wait_for()

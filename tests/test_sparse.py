@@ -304,7 +304,7 @@ def test_going_on_from_a_state_is_bit_identical():
 
 @pytest.fixture(scope="module")
 def harvest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A harvest made by hand: 60 pieces of 20 tokens, two hook points, every tenth piece held out, every 50th token special."""
+    """60 pieces of 20 tokens at two hook points; every tenth piece is held out, every 50th token special."""
     folder, n = tmp_path_factory.mktemp("harvest"), 1200
     hook_points = {"layers.0.mlp": 8, "layers.1.mlp": 6}
     tensors = {"token_ids": torch.arange(n).int() % 50 + 5}

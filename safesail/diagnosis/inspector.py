@@ -263,17 +263,28 @@ class Inspector:
     @torch.inference_mode()
     def inspect_ids(self, ids: list[int], *, n_prompt: int | None = None) -> Inspection:
         """What fires on an exact id sequence, from one forward pass without LM head."""
-        self._check_length(len(ids))
-        tensor = torch.tensor([ids], device=self.model.device)
-        outputs = run_to_depth(self.model, tuple(self.saes), input_ids=tensor)
+        tensor, outputs = torch.tensor(ids, device=self.model.device), self._run(ids)
         codes, keep, error = {}, {}, {}
         for name, sae in self.saes.items():
-            x, config = outputs[name][0].float(), sae.config
-            keep[name] = counted(config.token_policy, tensor[0], x.norm(dim=-1), self._specials, config.median_norm)
+            x, config = outputs[name], sae.config
+            keep[name] = counted(config.token_policy, tensor, x.norm(dim=-1), self._specials, config.median_norm)
             codes[name] = sae.encode_sparse(x)
             error[name] = (x - sae.decode_sparse(codes[name])).norm(dim=-1) / x.norm(dim=-1)
         units = spans(self.tokenizer, ids)
         return Inspection(ids, len(ids) if n_prompt is None else n_prompt, units, codes, keep, error, self.database)
+
+    def activations(self, text_or_chat: str | Messages, hook_point: str) -> Tensor:
+        """The model's activations at a hook point of the release, one row per token of the text: (n_tokens, d_in)."""
+        if hook_point not in self.saes:
+            raise InputError(f"{self.release} has no SAE at {hook_point!r}; it has {', '.join(self.saes)}.")
+        return self._run(self.encode(text_or_chat))[hook_point]
+
+    @torch.inference_mode()
+    def _run(self, ids: list[int]) -> dict[str, Tensor]:
+        self._check_length(len(ids))
+        tensor = torch.tensor([ids], device=self.model.device)
+        outputs = run_to_depth(self.model, tuple(self.saes), input_ids=tensor)
+        return {name: x[0].float() for name, x in outputs.items()}
 
     @property
     def max_tokens(self) -> int:

@@ -29,6 +29,7 @@ from safesail.taxonomy import Taxonomy
 __all__ = ["chat_request", "completion_request", "explain_stage", "nearest_domains", "strongest_words"]
 
 _N_WORDS = 10
+_NEAR_AT_ALL, _NEAR_THE_BEST = 0.3, 0.15
 _LONGEST = 300
 Row = dict[str, Any]
 
@@ -107,17 +108,15 @@ def chat_request(examples: list[Row], q: float, taxonomy: Taxonomy, max_tokens: 
     return Request(messages=(Message("user", text),), max_tokens=max_tokens, schema=schema)
 
 
-def nearest_domains(similarity: Row, candidate_for: list[str]) -> list[str]:
-    """The candidate domains whose anchors are nearer than every neutral anchor and within 0.1 of the nearest domain.
+def nearest_domains(similarity: dict[str, float], candidate_for: list[str]) -> list[str]:
+    """The candidate domains that the evidence is about: nearer than anything neutral, near at all, and near the best.
 
-    similarity: {domain id: largest cosine over its anchors, "neutral": the same over the neutral anchors}.
+    similarity: {domain id: largest cosine over its anchors, "neutral": the same over the neutral anchors}. Cosines
+    below 0.3 say nothing with a small sentence encoder; 0.15 below the nearest domain is another subject.
     """
     nearest = max(value for name, value in similarity.items() if name != "neutral")
-    return [
-        domain
-        for domain in candidate_for
-        if similarity[domain] > similarity["neutral"] and similarity[domain] >= nearest - 0.1
-    ]
+    limit = max(similarity["neutral"], _NEAR_AT_ALL, nearest - _NEAR_THE_BEST)
+    return [domain for domain in candidate_for if similarity[domain] >= limit]
 
 
 def _builder(
@@ -195,34 +194,31 @@ def _tag_by_embedding(
     candidate_for: dict[str, dict[str, Row]],
     embed: Callable[[list[str]], Tensor],
 ) -> list[Row]:
-    anchors = [
-        (domain.id, category.id, f"{category.name}: {category.description}")
-        for domain in taxonomy.domains
-        for category in domain.categories
-    ]
-    anchors += [("neutral", "", text) for text in taxonomy.neutral]
+    """Compare each explanation with its strongest words to anchors: every category's description and concepts."""
+    anchors = _anchors(taxonomy)
     vectors = embed([text for _, _, text in anchors])
     evidence = embed([f"{row['explanation'] or ''}: {', '.join(words[row['neuron_id']])}" for row in rows])
     tags = []
     for row, cosines in zip(rows, (evidence @ vectors.T).tolist(), strict=True):
-        similarity = {
-            d: max(c for c, a in zip(cosines, anchors, strict=True) if a[0] == d)
-            for d in (*taxonomy.domain_ids, "neutral")
-        }
-        name = row["neuron_id"]
-        domains = nearest_domains(similarity, list(candidate_for[name])) if row["status"] == "ok" else []
-        inside = [(c, a[1]) for c, a in zip(cosines, anchors, strict=True) if a[0] in domains]
-        tags.append(
-            _tag(
-                name,
-                domains,
-                max(inside)[1] if inside else "",
-                candidate_for[name],
-                "embedding",
-                max(similarity[d] for d in taxonomy.domain_ids),
-            )
-        )
+        similarity: dict[str, float] = {}
+        for (domain, _, _), cosine in zip(anchors, cosines, strict=True):
+            similarity[domain] = max(cosine, similarity.get(domain, -1.0))
+        candidates = candidate_for[row["neuron_id"]]
+        domains = nearest_domains(similarity, list(candidates)) if row["status"] == "ok" else []
+        inside = [(c, anchor[1]) for c, anchor in zip(cosines, anchors, strict=True) if anchor[0] in domains]
+        category = max(inside)[1] if inside else ""
+        nearest = max(similarity[domain] for domain in taxonomy.domain_ids)
+        tags.append(_tag(row["neuron_id"], domains, category, candidates, "embedding", nearest))
     return tags
+
+
+def _anchors(taxonomy: Taxonomy) -> list[tuple[str, str, str]]:
+    """(domain, category, text): two texts for each category, and the neutral ones under the domain `neutral`."""
+    return [
+        *((d.id, c.id, f"{c.name}: {c.description}") for d in taxonomy.domains for c in d.categories),
+        *((d.id, c.id, f"{c.name}: {', '.join(c.concepts)}") for d in taxonomy.domains for c in d.categories),
+        *(("neutral", "", text) for text in taxonomy.neutral),
+    ]
 
 
 def _tag(

@@ -39,32 +39,35 @@ def decode(codes: Codes, W_dec: Tensor) -> Tensor:
     return F.embedding_bag(codes.indices, W_dec, per_sample_weights=codes.values, mode="sum")
 
 
-def encode_topk(x: Tensor, encoder: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> Codes:
+def encode_topk(x: Tensor, encoder: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, out: Tensor | None = None) -> Codes:
     """Differentiable z = TopKReLU_k((x - b_dec) encoderᵀ + b_enc). x: (n_tokens, d_in); encoder: (d_sae, d_in).
 
-    Gradients reach the encoder, b_enc and b_dec through the active entries only; x gets none (it is data).
+    Gradients reach the encoder, b_enc and b_dec through the active entries only; x gets none (it is data). `out` is an
+    optional buffer for the pre-activations, (n_tokens, d_sae), overwritten by the call.
     """
-    values, indices = _EncodeTopK.apply(x, encoder, b_enc, b_dec, k)  # type: ignore[misc]
+    values, indices = _EncodeTopK.apply(x, encoder, b_enc, b_dec, k, out)  # type: ignore[misc]
     return Codes(values, indices)
 
 
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, encoder: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, encoder: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         centred = x - b_dec
-        codes = topk(torch.addmm(b_enc, centred, encoder.T), k)
+        codes = topk(torch.addmm(b_enc, centred, encoder.T, out=out), k)
         ctx.save_for_backward(centred, encoder, codes.values, codes.indices)
         ctx.mark_non_differentiable(codes.indices)
         return codes.values, codes.indices
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None, None]:
         centred, encoder, values, indices = ctx.saved_tensors
         grad_values = gradients[0] * (values > 0)
         grad_b_enc = _sum_by_latent(indices, grad_values, len(encoder))
         grad_encoder = rows_by_latent(indices, grad_values, centred, len(encoder))
         grad_b_dec = -(grad_b_enc @ encoder)  # every active entry saw (x - b_dec)
-        return None, grad_encoder, grad_b_enc, grad_b_dec, None
+        return None, grad_encoder, grad_b_enc, grad_b_dec, None, None
 
 
 def rows_by_latent(indices: Tensor, weights: Tensor, rows: Tensor, d_sae: int) -> Tensor:

@@ -1,0 +1,338 @@
+"""Every published README: it parses, it prints facts only, and foreign text in it stays text."""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+
+from safesail.assets import asset
+from safesail.release.build import redacted
+from safesail.release.cards import md_cell, render
+from safesail.release.summary import aligned, domain_table, markdown, sae_table, score_bands
+from safesail.taxonomy import Taxonomy
+
+PARTS = ("saes", "neurons", "examples", "inspector")
+TAXONOMY = Taxonomy.load()
+
+HOSTILE = {
+    "cell border": "a | b || c",
+    "code": "`rm -rf` ``x``",
+    "line break": "a\nb\r\nc\u2028d",
+    "tabs": "a\t\tb",
+    "script": "<script>alert(1)</script>",
+    "tag with event": '<img src=x onerror="alert(1)">',
+    "comment": "<!-- gone",
+    "link": "[x](javascript:alert(1))",
+    "image": "![x](https://example.org/pixel.png)",
+    "reference": "[x]: https://example.org",
+    "angle link": "<https://example.org>",
+    "bare link": "see https://example.org/a_b",
+    "bold": "**bold** __bold__ *it* _it_",
+    "struck": "~~gone~~",
+    "heading": "# Heading",
+    "setext": "Heading\n---",
+    "list": "- item\n+ item\n* item",
+    "table row": "|---|---|",
+    "formula": "$\\int$ $$x$$",
+    "escaped already": "\\| \\* &#124; &lt;script&gt;",
+    "braces": "{{ config }} {% raw %}",
+    "footnote": "[^1]",
+}
+
+
+# --- one cell -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+def test_no_active_character_survives_in_a_cell(text: str):
+    cell = md_cell(text)
+    rest = re.sub(r"&(#\d+|amp|lt|gt);", "", cell)
+    assert not set(rest) & set("|`*_~<>[](){}$\\!#\n\r\t&:")
+
+
+def rendered(cell: str) -> tuple[set[str], str]:
+    """The kinds of tokens inside the one body cell of a table, and the text that a reader sees."""
+    markdown_it = pytest.importorskip("markdown_it")
+    parser = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    tokens = parser.parse(f"| a | b |\n|---|---|\n| {cell} | end |\n\nafter")
+    blocks = [token.type for token in tokens if token.level == 0]
+    assert blocks == ["table_open", "table_close", "paragraph_open", "paragraph_close"]
+    inlines = [token for token in tokens if token.type == "inline"]
+    assert [token.content for token in inlines[:2]] == ["a", "b"]
+    assert [token.content for token in inlines[3:]] == ["end", "after"]  # still two cells, and the table ended
+    children = inlines[2].children
+    return {child.type for child in children}, "".join(child.content for child in children)
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_cell_shows_exactly_its_text_and_no_markup(text: str):
+    kinds, shown = rendered(md_cell(text))
+    assert kinds <= {"text", "text_special"}
+    assert shown == " ".join(text.split())
+
+
+def test_the_same_text_unescaped_would_have_been_markup():
+    """The parser of the test above does see markup where there is some."""
+    assert "link_open" in rendered("[x](https://example.org)")[0]
+    assert "strong_open" in rendered(HOSTILE["bold"])[0]
+    assert "html_inline" in rendered(HOSTILE["script"])[0]
+    assert "code_inline" in rendered("`x`")[0]
+
+
+def test_a_long_text_is_cut_before_it_is_escaped():
+    cell = md_cell("|" * 500)
+    assert cell == "&#124;" * 159 + "…"
+    assert md_cell("x" * 160) == "x" * 160
+    assert md_cell("*" * 9, 5) == "&#42;" * 4 + "…"
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"), [(None, ""), ("", ""), (3, "3"), ("सफ़ेद 枪 👍🏽", "सफ़ेद 枪 👍🏽"), ("a  b ", "a b")]
+)
+def test_plain_values_stay_as_they_are(value: Any, cell: str):
+    assert md_cell(value) == cell
+
+
+def test_a_fact_that_nobody_gave_is_an_error():
+    with pytest.raises(jinja2.UndefinedError):
+        render("examples.md", front_matter="x")
+
+
+# --- redaction ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The terrorist had a BOMB.", "The t*** had a B***."),
+        ("a car bomb and a Car  Bomb", "a c*** b*** and a C***  B***"),
+        ("an Al-Qaeda man", "an A***-Q*** man"),
+        ("the river and the garden", "the river and the garden"),
+        ("porn, murder; president!", "p***, m***; p***!"),
+        ("bombastic gunnels", "bombastic gunnels"),
+        ("", ""),
+    ],
+)
+def test_redaction_masks_the_words_of_every_domain_and_nothing_else(text: str, expected: str):
+    assert redacted(text, TAXONOMY) == expected
+
+
+@pytest.mark.parametrize("domain", TAXONOMY.domain_ids)
+def test_every_word_of_a_domain_is_masked(domain: str):
+    for word in TAXONOMY.domain(domain).words:
+        for text in (word, word.upper(), f"«{word}»"):
+            masked = redacted(f"so {text} it", TAXONOMY)
+            assert word.lower() not in masked.lower()
+            assert "***" in masked
+
+
+def test_redacting_twice_changes_nothing():
+    once = redacted("The terrorist had a car bomb; porn and murder.", TAXONOMY)
+    assert redacted(once, TAXONOMY) == once
+
+
+@pytest.mark.parametrize(
+    ("tokens", "peak"),
+    [
+        (["the", " terr", "orist", " was", " seen"], 1),
+        (["the", " terr", "orist", " was", " seen"], 2),
+        (["a", " car", " bo", "mb", " went", " off"], 1),
+        (["a", " car", " bo", "mb", " went", " off"], 3),
+        (["a", " bo", "mb", " went", " off"], 4),
+        (["x", " terr", "orist", " a", " b", " c", " d", " e"], 7),  # the stretch begins inside the word
+        (["e", " a", " b", " terr", "orist", " x"], 0),  # the stretch ends inside the word
+    ],
+)
+def test_a_word_split_over_tokens_is_masked_whole_in_a_snippet(tokens: list[str], peak: int):
+    """Wherever the peak falls, no part of a domain's word but its first letter is left beside the mask."""
+    from safesail.release.build import _snippets
+
+    row = {"neuron_id": "n", "half": "explain", "rank": 0, "peak": peak, "tokens": tokens}
+    snippet = _snippets([row], TAXONOMY)["n"]
+    assert not re.search(r"terr|orist|\bca|\bbo|omb|mb\b", snippet), snippet
+    assert "***" in snippet
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+NEURONS = [
+    {"domains": ["terror"], "score": 0.7, "lexical_score": 0.5},
+    {"domains": ["terror", "violence"], "score": 0.1, "lexical_score": 0.2},
+    {"domains": ["terror"], "score": None, "lexical_score": 0.2},
+    {"domains": [], "score": 0.3, "lexical_score": None},
+    {"domains": [], "score": -0.2, "lexical_score": 0.0},
+]
+
+
+def test_the_domain_table_by_hand():
+    _, cells = domain_table(NEURONS, ["terror", "violence", "politics"])
+    assert [row[:3] + row[4:] for row in cells] == [
+        ["terror", "3", "0.40", "1", "0.20", "1"],
+        ["violence", "1", "0.10", "0", "0.20", "0"],
+        ["politics", "0", "", "0", "", "0"],
+        ["none", "2", "0.05", "1", "0.00", "0"],
+        ["all", "5", "0.20", "2", "0.20", "1"],
+    ]
+
+
+def test_every_score_is_in_one_band():
+    bands = dict(score_bands(NEURONS))
+    assert sum(bands.values()) == len(NEURONS)
+    assert {name: n for name, n in bands.items() if n} == {
+        "-1 to 0": 1,
+        "0 to 0.2": 1,
+        "0.2 to 0.3": 1,
+        "0.6 to 1": 1,
+        "undefined": 1,
+    }
+
+
+@pytest.mark.parametrize("score", [-1.0, 0.0, 0.2, 1.0])
+def test_a_score_on_an_edge_is_counted_once(score: float):
+    assert sum(n for _, n in score_bands([{"score": score}])) == 1
+
+
+def test_an_undefined_ce_is_an_empty_cell():
+    row = {"sae_id": "a", "explained_variance": 0.5, "l0": 4.0, "dead": 0.01, "ce_recovered": None, "selected": True}
+    header, (cells,) = sae_table([row | {"i_cdf": 0.01, "i_cdf_swapped": 0.005}])
+    assert dict(zip(header, cells, strict=True))["CE recovered"] == ""
+    assert len(header) == len(cells)
+
+
+def test_both_kinds_of_table_by_hand():
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+    assert aligned(["a", "bb"], [["long", "2"]]) == "a     bb\nlong   2"
+
+
+# --- the cards of a run -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=PARTS)
+def card(request: pytest.FixtureRequest, demo_run: Path) -> str:
+    return (demo_run / request.param / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_front_matter_parses_as_what_it_is(demo_run: Path):
+    from huggingface_hub import DatasetCard, ModelCard, SpaceCard
+
+    model = ModelCard.load(demo_run / "saes/README.md").data
+    assert (model.library_name, model.license, model.base_model) == (
+        "safesail",
+        "apache-2.0",
+        "safesail-tests/tiny-llama",
+    )
+    assert model.language == ["en"]
+    assert {"sparse-autoencoder", "safety"} <= set(model.tags)
+    for part in ("neurons", "examples"):
+        data = DatasetCard.load(demo_run / part / "README.md").data
+        assert data.license == "apache-2.0"
+        assert [config["config_name"] for config in data.configs if config.get("default")] == [part]
+    examples = DatasetCard.load(demo_run / "examples/README.md").data.to_dict()
+    assert examples["extra_gated_heading"]
+    assert examples["extra_gated_prompt"]
+    space = SpaceCard.load(demo_run / "inspector/README.md").data
+    assert (space.sdk, space.app_file) == ("gradio", "app.py")
+    assert space.datasets[0].endswith("-neurons")
+    assert space.models[0].endswith("-saes")
+
+
+def test_the_results_in_the_front_matter_are_those_of_the_selected_saes(demo_run: Path):
+    from huggingface_hub import ModelCard
+
+    manifest = json.loads((demo_run / "saes/config.json").read_text())
+    measured = {sae["id"]: sae for sae in manifest["saes"] if sae["selected"]}
+    results = ModelCard.load(demo_run / "saes/README.md").data.eval_results
+    for result in results:
+        key = result.metric_type.removesuffix("/v1")
+        sae_id = result.metric_name.rpartition("(")[2].rstrip(")")
+        assert result.metric_value == pytest.approx(measured[sae_id][key], abs=1e-6)
+    found = {(result.metric_name.rpartition("(")[2].rstrip(")"), result.metric_type) for result in results}
+    keys = ("explained_variance", "ce_recovered", "l0", "i_cdf")
+    assert found == {(i, f"{key}/v1") for i, sae in measured.items() for key in keys if sae[key] is not None}
+
+
+def test_a_card_has_one_title_and_no_unfilled_place(card: str):
+    body = card.split("---\n", 2)[2]
+    assert len(re.findall(r"^# ", re.sub(r"```.*?```", "", body, flags=re.S), flags=re.M)) == 1
+    assert not re.search(r"\bNone\b|\{\{|\}\}|\{%|%\}|\bnan\b|\(\)", re.sub(r"`[^`]*`", "", body)), body
+    assert not re.search(r"\bNone\b|\{\{", card)
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_header(card: str):
+    text = re.sub(r"```.*?```", "", card, flags=re.S)
+    tables = re.findall(r"(?:^\|.*\n?)+", text, flags=re.M)
+    n_rows = 0
+    for table in tables:
+        lines = table.rstrip("\n").split("\n")
+        assert re.fullmatch(r"\|(-+\|)+", lines[1]), table
+        widths = {len(re.split(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line))) for line in lines}
+        assert len(widths) == 1, table
+        assert all(line.endswith("|") for line in lines)
+        n_rows += len(lines) - 2
+    assert n_rows > 0 or "token inspector" in card
+
+
+def test_a_card_renders_every_table_it_holds(card: str):
+    """No blank line or stray word cuts a table in two: a Markdown parser sees as many rows as there are lines."""
+    markdown_it = pytest.importorskip("markdown_it")
+    body = re.sub(r"```.*?```", "", card.split("---\n", 2)[2], flags=re.S)
+    tokens = markdown_it.MarkdownIt("commonmark").enable("table").parse(body)
+    n_lines = sum(line.startswith("|") for line in body.splitlines())
+    n_tables = sum(token.type == "table_open" for token in tokens)
+    assert sum(token.type == "tr_open" for token in tokens) == n_lines - n_tables
+    inline = [child.type for token in tokens for child in token.children or []]
+    assert "html_inline" not in inline
+    assert "html_block" not in [token.type for token in tokens]
+
+
+def test_nothing_published_names_a_local_path(demo_run: Path):
+    local = {
+        str(demo_run),
+        str(demo_run.parent),
+        tempfile.gettempdir() + "/",
+        str(asset("cards").parent),
+        str(Path.home()),
+    }
+    n_files = 0
+    for part in PARTS:
+        for path in (demo_run / part).rglob("*"):
+            if path.suffix in {".md", ".json"}:
+                n_files += 1
+                text = path.read_text(encoding="utf-8")
+                assert not [place for place in local if place in text], path
+    assert n_files > 10
+
+
+def test_no_column_of_a_published_table_names_a_local_path(demo_run: Path):
+    import pyarrow.parquet as pq
+
+    for part in ("neurons", "examples"):
+        for path in (demo_run / part).rglob("*.parquet"):
+            text = json.dumps(pq.read_table(path).to_pylist())
+            assert tempfile.gettempdir() + "/" not in text, path
+
+
+def test_the_code_of_a_card_names_what_exists(demo_run: Path):
+    text = (demo_run / "saes/README.md").read_text(encoding="utf-8")
+    (hook_point,) = re.findall(r'Sae\.from_pretrained\("[^"]+-saes", "([^"]+)"\)', text)
+    (sae_id,) = re.findall(r'SAE\.from_pretrained\("[^"]+-saes", "([^"]+)"\)', text)
+    manifest = json.loads((demo_run / "saes/config.json").read_text())
+    assert manifest["selected"][hook_point] == sae_id
+    assert (demo_run / "saes" / sae_id / "sae_weights.safetensors").is_file()
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        compile(block, "card", "exec")
+
+
+def test_the_numbers_of_the_neurons_card_are_those_of_its_table(demo_run: Path):
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(demo_run / "neurons/neurons/train.parquet").to_pylist()
+    text = (demo_run / "neurons/README.md").read_text(encoding="utf-8")
+    n_weak = sum(row["score"] is not None and row["score"] <= 0.2 for row in rows)
+    assert f"activation statistics of {len(rows)} safety-related latents" in text
+    assert f"{n_weak} of {len(rows)} score 0.2 or less" in text
+    assert f"| all | {len(rows)} |" in text

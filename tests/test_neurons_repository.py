@@ -1,0 +1,424 @@
+"""The published folders as their readers see them: ids, search, statistics, data sets, and what must not be in them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from safesail import NeuronDatabase, Sae
+from safesail.errors import InputError
+from safesail.lm.activations import Activations
+from safesail.neurons import neuron_id, parse_neuron_id, strength
+from safesail.repository import Repository, part_of_release, read_table
+from safesail.taxonomy import Taxonomy
+
+CONFIGS = ("neurons", "explanations", "scores", "quantiles", "selection")
+HOOK_POINTS = ["layers.0.mlp", "layers.1.mlp"]
+
+
+@pytest.fixture(scope="module")
+def database(demo_run: Path) -> NeuronDatabase:
+    return NeuronDatabase.load(demo_run)
+
+
+# --- ids ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("layers.0.mlp/12", ("layers.0.mlp", 12)),
+        (" layers.1.mlp/0 ", ("layers.1.mlp", 0)),
+        ("0_12", ("layers.0.mlp", 12)),
+        ("11_7", ("layers.11.mlp", 7)),
+        ("1_7", ("layers.1.mlp", 7)),
+    ],
+)
+def test_both_forms_of_an_id_are_read(text: str, expected: tuple[str, int]):
+    assert parse_neuron_id(text, [*HOOK_POINTS, "layers.11.mlp"]) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2_12", "layers.2.mlp/12", "layers.0.mlp/-1", "layers.0.mlp/", "/12", "0_", "0-12", "0_1_2", "", "0_x", "mlp/3"],
+)
+def test_anything_else_is_refused_with_an_example(text: str):
+    with pytest.raises(InputError, match=r"is not a neuron here; ids look like layers\.0\.mlp/1234"):
+        parse_neuron_id(text, HOOK_POINTS)
+
+
+def test_a_short_id_that_could_mean_two_hook_points_is_refused():
+    with pytest.raises(InputError):
+        parse_neuron_id("0_12", ["layers.0", "layers.0.mlp"])
+    assert parse_neuron_id("layers.0/12", ["layers.0", "layers.0.mlp"]) == ("layers.0", 12)
+
+
+def test_an_id_comes_back_from_its_text():
+    assert parse_neuron_id(neuron_id("layers.1.mlp", 5), HOOK_POINTS) == ("layers.1.mlp", 5)
+
+
+@pytest.mark.parametrize(
+    ("score", "word"),
+    [
+        (None, "undefined"),
+        (-0.5, "weak"),
+        (0.0, "weak"),
+        (0.2, "weak"),
+        (0.21, "fair"),
+        (0.41, "good"),
+        (0.9, "strong"),
+    ],
+)
+def test_the_strength_of_a_score_is_a_plain_word(score: float | None, word: str):
+    assert strength(score) == word
+
+
+# --- search -------------------------------------------------------------------------------------------------------
+
+
+def made_database() -> NeuronDatabase:
+    def row(latent: int, score: float | None, explanation: str | None, domains: list[str], layer: int = 0) -> dict:
+        hook_point = f"layers.{layer}.mlp"
+        return {
+            "neuron_id": f"{hook_point}/{latent}",
+            "hook_point": hook_point,
+            "explanation": explanation,
+            "domains": domains,
+            "category": "weapons" if "terror" in domains else "",
+            "concept": "car bomb" if "terror" in domains else "",
+            "score": score,
+        }
+
+    rows = [
+        row(3, 0.1, "Words about weapons", ["terror"]),
+        row(1, None, "Weapons of war", ["terror", "violence"]),
+        row(2, 0.7, "Insults", ["violence"], layer=1),
+        row(5, -0.9, "Weapons and insults", []),
+        row(4, None, None, []),
+        row(9, 0.7, "Gardens", ["violence"]),
+    ]
+    quantiles = [
+        {"neuron_id": "layers.0.mlp/0", "hook_point": "layers.0.mlp", "normaliser": 0.0},
+        {"neuron_id": "layers.0.mlp/1", "hook_point": "layers.0.mlp", "normaliser": 2.5},
+        {"neuron_id": "layers.1.mlp/0", "hook_point": "layers.1.mlp", "normaliser": 1.0},
+    ]
+    return NeuronDatabase({r["neuron_id"]: r for r in rows}, {q["neuron_id"]: q for q in quantiles}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "latents"),
+    [
+        ("", {}, [9, 2, 3, 5, 1, 4]),  # best first, undefined last, equal scores by id
+        ("weapons", {}, [3, 5, 1]),
+        ("WEAPONS insult", {}, [5]),
+        ("bomb", {}, [3, 1]),
+        ("layers.1", {}, [2]),
+        ("0.mlp/9", {}, [9]),
+        ("", {"domain": "violence"}, [9, 2, 1]),
+        ("", {"domain": "terror", "min_score": 0.0}, [3]),
+        ("", {"min_score": 0.7}, [9, 2]),
+        ("", {"min_score": -1.0}, [9, 2, 3, 5]),
+        ("", {"hook_point": "layers.1.mlp"}, [2]),
+        ("nothing like it", {}, []),
+    ],
+)
+def test_search_finds_by_text_domain_hook_point_and_score(text: str, options: dict[str, Any], latents: list[int]):
+    found = made_database().search(text, **options)
+    assert [int(row["neuron_id"].rpartition("/")[2]) for row in found] == latents
+
+
+def test_the_domains_are_counted_most_frequent_first():
+    assert made_database().domains == ["violence", "terror"]
+
+
+def test_a_latent_that_never_fired_has_no_normaliser():
+    database = made_database()
+    assert database.normaliser("layers.0.mlp", 1) == 2.5
+    assert database.normaliser("layers.0.mlp", 0) is None
+    assert database.normaliser("layers.0.mlp", 77) is None
+
+
+# --- the database of a run ----------------------------------------------------------------------------------------
+
+
+def test_the_database_loads_from_the_run_and_from_its_folder(demo_run: Path, database: NeuronDatabase):
+    other = NeuronDatabase.load(str(demo_run / "neurons"))
+    assert len(database) > 0
+    assert other == NeuronDatabase.load(demo_run / "neurons") == database
+    assert list(database) == list(other.neurons.values())
+    assert database.hook_points == HOOK_POINTS
+
+
+def test_a_neuron_is_found_by_its_short_and_its_full_id(database: NeuronDatabase):
+    for row in database:
+        assert database[row["neuron_id"]] is row
+        assert database[f"{row['layer']}_{row['latent']}"] is row
+
+
+def test_a_latent_without_a_row_says_why(database: NeuronDatabase):
+    silent = next(name for name in database.quantiles if name not in database.neurons)
+    with pytest.raises(InputError, match=f"{silent} has no row: it was not among the safety-related latents"):
+        database[silent]
+    with pytest.raises(InputError, match="is not a neuron here"):
+        database["7_3"]
+
+
+def test_the_rows_are_published_best_score_first(demo_run: Path):
+    scores = [row["score"] for row in read_table(demo_run / "neurons/neurons/train.parquet")]
+    defined = [score for score in scores if score is not None]
+    assert defined == sorted(defined, reverse=True)
+    assert scores[: len(defined)] == defined
+
+
+def test_every_neuron_has_its_latent_its_statistics_its_scores_and_its_explanation(
+    demo_run: Path, database: NeuronDatabase
+):
+    saes = Sae.load_all(demo_run / "saes")
+    for row in database:
+        assert 0 <= row["latent"] < saes[row["hook_point"]].config.d_sae
+        quantiles = database.quantiles[row["neuron_id"]]
+        assert (row["q999"], row["max_activation"], row["firing_rate"]) == (
+            quantiles["p999"],
+            quantiles["max"],
+            quantiles["firing_rate"],
+        )
+        methods = {score["method"]: score for score in database.scores[row["neuron_id"]]}
+        assert set(methods) == {"segment-5/embedding", "segment-5/lexical"}
+        assert row["score"] == methods["segment-5/embedding"]["score"]
+        assert row["lexical_score"] == methods["segment-5/lexical"]["score"]
+        assert database.explanations[row["neuron_id"]]["en"]["explanation"] == row["explanation"]
+        assert set(row["domains"]) <= set(row["candidate_for"])
+
+
+def test_scores_lie_in_their_intervals_or_are_null(database: NeuronDatabase):
+    rows = [row for group in database.scores.values() for row in group]
+    for row in rows:
+        if row["score"] is None:
+            assert row["status"] != "ok"
+            assert row["low"] is row["high"] is None
+        else:
+            assert row["status"] == "ok"
+            assert row["low"] is None or -1 <= row["low"] <= row["score"] + 1e-9 <= row["high"] + 2e-9 <= 1 + 4e-9
+        assert 0 <= row["n_active"] <= row["n_segments"]
+
+
+def test_every_latent_of_the_selected_saes_has_ascending_quantiles(demo_run: Path, database: NeuronDatabase):
+    saes = Sae.load_all(demo_run / "saes")
+    expected = {neuron_id(name, j) for name, sae in saes.items() for j in range(sae.config.d_sae)}
+    assert set(database.quantiles) == expected
+    for row in database.quantiles.values():
+        ladder = [0.0, *(row[name] for name in ("p50", "p90", "p99", "p999", "p9999", "max"))]
+        assert ladder == sorted(ladder)
+        assert (row["normaliser"] > 0) == (row["firing_rate"] > 0) == (row["max"] > 0)
+        assert row["normaliser"] == max(row["p999"], row["median_active"])
+
+
+def test_the_statistics_equal_numpys_over_the_harvest(demo_run: Path, database: NeuronDatabase):
+    """Dense encoding of every counted token by the published SAE, written out, and numpy's quantiles over it."""
+    activations = Activations(demo_run / "scratch/harvest")
+    sae = Sae.from_pretrained(demo_run / "saes", "layers.1.mlp")
+    keep = activations.counted("layers.1.mlp", sae.config.token_policy)
+    x = activations.rows("layers.1.mlp", torch.arange(activations.n_tokens)[keep])
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    threshold = pre.sort(dim=1, descending=True).values[:, sae.config.k - 1 : sae.config.k]
+    latents = torch.where(pre >= threshold, pre, 0).clamp(min=0).numpy()
+    levels = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "p9999": 0.9999, "max": 1.0}
+    for j in range(0, sae.config.d_sae, 5):
+        row = database.quantiles[neuron_id("layers.1.mlp", j)]
+        assert row["n_tokens"] == len(x)
+        assert row["firing_rate"] == pytest.approx((latents[:, j] > 0).mean(), abs=2.5 / len(x))  # ties, rounding
+        for name, level in levels.items():
+            expected = np.quantile(latents[:, j], level, method="inverted_cdf")
+            assert row[name] == pytest.approx(float(expected), rel=1e-3, abs=1e-4), name
+
+
+def test_the_manifest_marks_the_sae_that_carries_the_most_concepts(demo_run: Path):
+    manifest = Repository(str(demo_run / "saes")).json("config.json")
+    assert len(manifest["saes"]) == 6
+    for hook_point, chosen in manifest["selected"].items():
+        mine = {sae["id"]: sae for sae in manifest["saes"] if sae["id"].startswith(f"{hook_point}/")}
+        assert mine[chosen]["i_cdf"] == max(sae["i_cdf"] for sae in mine.values())
+        assert [name for name, sae in mine.items() if sae["selected"]] == [chosen]
+
+
+# --- repositories -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a\\b", "a/../../x", "..", "~/x", "", ".", "a\x00b", "neurons/../../x"]
+)
+def test_a_name_that_leads_out_of_the_repository_is_refused(tmp_path: Path, name: str):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "x").write_text("secret")
+    with pytest.raises(InputError, match="is not a relative path inside a repository"):
+        Repository(str(tmp_path / "inside")).file(name)
+
+
+def test_a_name_that_leads_out_is_refused_before_the_hub_is_asked():
+    with pytest.raises(InputError, match="is not a relative path inside a repository"):
+        Repository("some-org/some-name").file("../x")
+
+
+def test_a_missing_file_says_what_the_folder_holds(tmp_path: Path):
+    for i in range(15):
+        (tmp_path / f"f{i:02}").write_text("")
+    (tmp_path / ".hidden").write_text("")
+    with pytest.raises(InputError, match=r"has no file gone; it holds f00, .*, f11 and 3 more"):
+        Repository(str(tmp_path)).file("gone")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1nonsense", b"{}"])
+def test_a_table_that_is_not_parquet_is_named(tmp_path: Path, content: bytes):
+    (tmp_path / "t.parquet").write_bytes(content)
+    with pytest.raises(InputError, match=r"t\.parquet is not a readable parquet file"):
+        Repository(str(tmp_path)).table("t.parquet")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+def test_json_that_is_not_json_is_named(tmp_path: Path, content: bytes):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.json is not valid JSON"):
+        Repository(str(tmp_path)).json("a.json")
+
+
+def test_a_token_is_never_printed():
+    assert "hf_secret" not in repr(Repository("org/name", token="hf_secret"))
+
+
+def test_the_part_of_a_release(tmp_path: Path):
+    (tmp_path / "run/neurons").mkdir(parents=True)
+    run = tmp_path / "run"
+    assert part_of_release(run, "neurons") == part_of_release(str(run), "neurons") == str(run / "neurons")
+    assert part_of_release(run / "neurons", "neurons") == str(run / "neurons")
+    (run / "neurons/neurons").mkdir()  # the data set has a config of the same name
+    assert part_of_release(run / "neurons", "neurons") == str(run / "neurons")
+    assert part_of_release("org/demo", "saes") == "org/demo-saes"
+    assert part_of_release("org/demo-saes", "saes") == "org/demo-saes"
+
+
+# --- data sets ----------------------------------------------------------------------------------------------------
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+
+
+def named_configs(folder: Path) -> dict[str, list[str]]:
+    """{config: its splits} of a README's front matter."""
+    return {
+        config["config_name"]: [files["split"] for files in config["data_files"]]
+        for config in front_matter(folder)["configs"]
+    }
+
+
+def test_the_front_matter_names_the_configs_and_every_file_is_in_one(demo_run: Path):
+    configs = front_matter(demo_run / "neurons")["configs"]
+    assert sorted(config["config_name"] for config in configs) == sorted(CONFIGS)
+    assert [config["config_name"] for config in configs if config.get("default")] == ["neurons"]
+    listed = {files["path"] for config in configs for files in config["data_files"]}
+    folder = demo_run / "neurons"
+    assert listed == {str(path.relative_to(folder)) for path in folder.rglob("*.parquet")}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_load_dataset_reads_every_config(demo_run: Path, tmp_path: Path, config: str, streaming: bool):
+    import datasets
+
+    folder = demo_run / "neurons"
+    (split,) = named_configs(folder)[config]
+    rows = datasets.load_dataset(str(folder), config, split=split, streaming=streaming, cache_dir=str(tmp_path))
+    expected = read_table(folder / config / f"{split}.parquet")
+    assert len(expected) > 0
+    assert list(rows) == expected
+
+
+@pytest.mark.parametrize(("part", "config"), [("neurons", "neurons"), ("examples", "examples")])
+def test_the_default_config_loads_without_a_name(demo_run: Path, tmp_path: Path, part: str, config: str):
+    import datasets
+
+    rows = datasets.load_dataset(str(demo_run / part), split="train", cache_dir=str(tmp_path))
+    assert rows.config_name == config
+    assert list(rows) == read_table(demo_run / part / config / "train.parquet")
+
+
+def test_the_columns_that_people_read_come_first(demo_run: Path):
+    columns = pq.read_schema(demo_run / "neurons/neurons/train.parquet").names
+    assert columns[:5] == ["explanation", "domains", "category", "concept", "score"]
+
+
+# --- what must not be in them -------------------------------------------------------------------------------------
+
+
+def test_no_document_is_in_both_halves(demo_run: Path):
+    rows = read_table(demo_run / "scratch/collect/examples.parquet")
+    halves = {half: {row["document"] for row in rows if row["half"] == half} for half in ("explain", "score")}
+    assert all(halves.values())
+    assert not halves["explain"] & halves["score"]
+
+
+def test_an_example_is_of_its_neuron_and_its_half(demo_run: Path):
+    activations = Activations(demo_run / "scratch/harvest")
+    for row in read_table(demo_run / "scratch/collect/examples.parquet"):
+        assert activations.documents[row["piece"]] == row["document"]
+        assert activations.half[row["piece"]] == row["half"]
+        assert "".join(row["tokens"]) == row["text"]
+        assert len(row["tokens"]) == len(row["activations"])
+        assert max(row["activations"]) == pytest.approx(row["activation"])
+        assert row["activations"][row["peak"]] == max(row["activations"])
+
+
+def runs_of_words(texts: list[str], n: int) -> set[tuple[str, ...]]:
+    """Every n consecutive words of every text, in lower case."""
+    return {tuple(w[i : i + n]) for text in texts for w in [text.lower().split()] for i in range(len(w) - n + 1)}
+
+
+def strings_in(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return [text for item in value for text in strings_in(item)]
+    return []
+
+
+def test_no_example_text_is_in_the_open_data_set(demo_run: Path):
+    folder = demo_run / "neurons"
+    cells = [(folder / "README.md").read_text(encoding="utf-8")]
+    for path in sorted(folder.rglob("*.parquet")):
+        cells += [
+            text
+            for row in read_table(path)
+            for key, value in row.items()
+            if key != "snippet"
+            for text in strings_in(value)
+        ]
+    examples = [row["text"] for row in read_table(demo_run / "examples/examples/train.parquet")]
+    shared = runs_of_words(cells, 6) & runs_of_words(examples, 6)
+    assert len(runs_of_words(examples, 6)) > 500
+    assert shared == set()
+
+
+def test_the_snippets_are_short_and_redacted(database: NeuronDatabase):
+    taxonomy = Taxonomy.load()
+    snippets = [row["snippet"] for row in database]
+    assert sum(bool(snippet) for snippet in snippets) > len(snippets) / 2
+    for snippet in snippets:
+        assert len(snippet.split()) <= 11  # nine tokens between two ellipses
+        assert not any(taxonomy.about(domain).search(snippet) for domain in taxonomy.domain_ids)
+
+
+def test_the_published_examples_do_not_say_which_document_they_are_from(demo_run: Path):
+    columns = pq.read_schema(demo_run / "examples/examples/train.parquet").names
+    assert {"document", "piece"} & set(columns) == set()
+
+
+def test_no_number_of_the_open_data_set_is_not_a_number(demo_run: Path):
+    for path in sorted((demo_run / "neurons").rglob("*.parquet")):
+        for row in read_table(path):
+            assert not any(isinstance(value, float) and not math.isfinite(value) for value in row.values()), path
