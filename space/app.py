@@ -235,11 +235,13 @@ def main() -> None:
     port = os.environ.get("SAFESAIL_PORT", "7860")
     if not port.isdecimal():
         raise InputError(f"SAFESAIL_PORT is {port!r}; set it to a number, as 7860.")
-    print(f"safesail: the inspector of {release} is at http://{host}:{port} (Ctrl-C stops it)", flush=True)
+    blocks = build(inspector)
     try:
-        launch(build(inspector), server_name=host, server_port=int(port))
-    except OSError as error:  # gradio's, when the port is taken
-        raise InputError(f"cannot serve at {host}:{port}: {error}") from error
+        launch(blocks, server_name=host, server_port=int(port), prevent_thread_lock=True)
+    except OSError as error:
+        raise InputError(f"cannot serve at {host}:{port}; is the port taken? Set SAFESAIL_PORT to another.") from error
+    print(f"safesail: the inspector of {release} is at http://{host}:{port} (Ctrl-C stops it)", flush=True)
+    blocks.block_thread()
 
 
 if __name__ == "__main__":

@@ -341,6 +341,21 @@ def test_batched_completions_equal_those_one_by_one_and_those_by_hand(model: Any
         assert (text, n_prompt, n_completion) == (tokenizer.decode(kept), len(ids), len(kept))
 
 
+def test_batching_does_not_move_the_positions_of_a_model_that_learns_them(tokenizer: Any):
+    """A GPT-2 adds a vector per position, so padding on the left would be seen if it shifted them."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2, initializer_range=0.5, eos_token_id=1
+    )
+    model = GPT2LMHeadModel(config).eval()
+    batched = complete(model, tokenizer, PROMPTS, 8)
+    assert batched == [complete(model, tokenizer, [prompt], 8)[0] for prompt in PROMPTS]
+    ids = tokenizer(PROMPTS[1], add_special_tokens=False)["input_ids"]
+    assert batched[1][0] == tokenizer.decode(greedy_by_hand(model, ids, 8, {1}))
+
+
 def test_a_completion_ends_before_the_first_stop_string(model: Any, tokenizer: Any):
     (text, _, n), *_ = complete(model, tokenizer, PROMPTS[:1], 12)
     stop = text[len(text) // 2 : len(text) // 2 + 2]

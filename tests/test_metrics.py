@@ -176,7 +176,13 @@ def test_quantiles_of_sparse_by_hand():
 
 
 def test_a_level_that_is_a_whole_number_of_tokens_is_not_pushed_up_by_rounding():
-    """0.999 · 200,000 is 199,800.00000000003 in floating point; the rank is 199,800: the 201st value from above."""
+    """0.07 · 100 is 7.000000000000001 in floating point; the quantile is still the seventh value."""
+    assert 0.07 * 100 > 7
+    assert quantiles_of_sparse(torch.arange(1.0, 101.0), 100, (0.07,)) == [7.0]
+
+
+def test_the_safe_sail_quantile_is_the_two_hundredth_value_from_above():
+    """A8: the 0.999 quantile over 200,000 tokens is about the 200th largest; 199,800 tokens are at most the 201st."""
     active = torch.arange(1, 501, dtype=torch.float64)
     assert quantiles_of_sparse(active, 200_000, (0.999,)) == [300.0]
 

@@ -279,7 +279,7 @@ def test_damaged_weights_are_refused_with_the_file_named(release: Path, damage: 
         ({"apply_b_dec_to_input": False}, "'apply_b_dec_to_input': False"),
         ({"rescale_acts_by_decoder_norm": True}, "'rescale_acts_by_decoder_norm': True"),
         ({"metadata": {"hook_point": MLP, "token_policy": {"exclude_spezial": True}}}, "Extra inputs"),
-        ({"metadata": "layers.9"}, ""),
+        ({"metadata": "layers.9"}, r"cfg\.json"),
     ],
 )
 def test_a_config_that_cannot_be_right_is_refused_with_the_file_named(release: Path, changes: dict, message: str):

@@ -377,6 +377,10 @@ def test_the_saes_of_a_sweep_differ(sweep: dict[str, bytes]):
     assert len(set(sweep.values())) == len(sweep) == 6
 
 
+class PowerCut(Exception):
+    """What ends a stage from outside."""
+
+
 class Interrupted(Activations):
     """A harvest whose rows can be read a few times only."""
 
@@ -387,14 +391,14 @@ class Interrupted(Activations):
     def rows(self, hook_point: str, indices: Tensor) -> Tensor:
         self.n_reads -= 1
         if self.n_reads < 0:
-            raise KeyboardInterrupt
+            raise PowerCut
         return super().rows(hook_point, indices)
 
 
 @pytest.mark.parametrize("n_reads", [1, 7, 12, 22, 24, 40])
 def test_an_interrupted_sweep_goes_on_to_the_same_bytes(sweep, harvest: Path, tmp_path: Path, n_reads: int):
     """1,062 rows give 10 batches an epoch, so a hook point reads once for the mean and 20 times for its steps."""
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(PowerCut):
         train_stage(recipe_of(), Interrupted(harvest, n_reads), StageWork(tmp_path))
     resumed = Interrupted(harvest, 42)
     train_stage(recipe_of(), resumed, StageWork(tmp_path))

@@ -263,13 +263,14 @@ class Inspector:
     @torch.inference_mode()
     def inspect_ids(self, ids: list[int], *, n_prompt: int | None = None) -> Inspection:
         """What fires on an exact id sequence, from one forward pass without LM head."""
-        tensor, outputs = torch.tensor(ids, device=self.model.device), self._run(ids)
+        tensor, outputs = torch.tensor(ids), self._run(ids)
         codes, keep, error = {}, {}, {}
         for name, sae in self.saes.items():
             x, config = outputs[name], sae.config
             keep[name] = counted(config.token_policy, tensor, x.norm(dim=-1), self._specials, config.median_norm)
-            codes[name] = sae.encode_sparse(x)
-            error[name] = (x - sae.decode_sparse(codes[name])).norm(dim=-1) / x.norm(dim=-1)
+            active = sae.encode_sparse(x.to(sae.W_enc.device))
+            codes[name] = Codes(active.values.cpu(), active.indices.cpu())
+            error[name] = (x - sae.decode_sparse(active).cpu()).norm(dim=-1) / x.norm(dim=-1)
         units = spans(self.tokenizer, ids)
         return Inspection(ids, len(ids) if n_prompt is None else n_prompt, units, codes, keep, error, self.database)
 
@@ -284,7 +285,7 @@ class Inspector:
         self._check_length(len(ids))
         tensor = torch.tensor([ids], device=self.model.device)
         outputs = run_to_depth(self.model, tuple(self.saes), input_ids=tensor)
-        return {name: x[0].float() for name, x in outputs.items()}
+        return {name: x[0].float().cpu() for name, x in outputs.items()}
 
     @property
     def max_tokens(self) -> int:
