@@ -38,7 +38,8 @@ class ModelSection(Section):
 
     @property
     def name(self) -> str:
-        return self.base_model or self.path
+        """What cards and configs call the model: its Hub id, never the path of a local folder."""
+        return self.base_model or _public_name(self.path)
 
 
 class TokenPolicy(Section):
@@ -62,7 +63,11 @@ class Source(Section):
     split: str = "train"
     licence: str = ""
     origin: str = ""
-    """What the cards call this source."""
+    """What the cards call this source; empty: the Hub id or the file's name."""
+
+    @property
+    def title(self) -> str:
+        return self.origin or _public_name(self.path)
 
 
 class CorpusSection(Section):
@@ -272,6 +277,12 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         else:
             found.append(f"{name} was {_short(before)}, is {_short(after)}")
     return found
+
+
+def _public_name(path: str) -> str:
+    """A Hub id as it is; of a local file or folder the last part, since a release must not tell where it was made."""
+    local = Path(path)
+    return local.name if local.is_absolute() or local.exists() or local.suffix or path.startswith((".", "~")) else path
 
 
 def _short(value: Any) -> str:

@@ -126,7 +126,9 @@ def part_of_release(release: str | Path, part: str) -> str:
     """
     folder = Path(release).expanduser()
     if folder.is_dir():
-        return str(folder / part) if (folder / part).is_dir() else str(folder)
+        # a data set's own folder may hold a config of the same name: neurons/neurons
+        is_part = folder.name == part and not (folder / "run.json").is_file()
+        return str(folder) if is_part or not (folder / part).is_dir() else str(folder / part)
     name = str(release)
     return name if name.endswith(f"-{part}") else f"{name}-{part}"
 

@@ -210,9 +210,11 @@ def _read_ledger(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is not valid JSON ({error}); restore it or give another folder with --out."
         ) from error
-    if ledger.get("schema") != SCHEMA:
+    if isinstance(ledger, dict) and ledger.get("schema") not in (None, SCHEMA):
         raise InputError(
-            f"{path} has schema {ledger.get('schema')!r}, and this safesail reads schema {SCHEMA}; "
+            f"{path} has schema {ledger['schema']!r}, and this safesail reads schema {SCHEMA}; "
             "install the version that made it."
         )
+    if not isinstance(ledger, dict) or not isinstance(ledger.get("recipe"), dict):
+        raise InputError(f"{path} is not the ledger of a run: it has no recipe; give another folder with --out.")
     return ledger

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safesail.errors import InputError
@@ -741,6 +742,15 @@ def test_damaged_weights_are_an_input_error(tiny_model: Path, tmp_path: Path):
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="cannot be loaded"):
+        causal_lm(str(tmp_path / "model"))
+
+
+def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(tiny_model: Path, tmp_path: Path):
+    """transformers fills a missing tensor with random numbers, and everything after would study those."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    weights, name = tmp_path / "model/model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    save_file({key: value for key, value in load_file(weights).items() if key != name}, weights, {"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj"):
         causal_lm(str(tmp_path / "model"))
 
 

@@ -11,8 +11,10 @@ import torch
 
 from safesail import NeuronDatabase, Sae
 from safesail.errors import InputError
+from safesail.interpretation.collect import sparse_codes
 from safesail.lm.activations import Activations
 from safesail.neurons import neuron_id, parse_neuron_id, strength
+from safesail.recipe import TokenPolicy
 from safesail.repository import Repository, part_of_release, read_table
 from safesail.taxonomy import Taxonomy
 
@@ -234,6 +236,24 @@ def test_the_statistics_equal_numpys_over_the_harvest(demo_run: Path, database: 
         for name, level in levels.items():
             expected = np.quantile(latents[:, j], level, method="inverted_cdf")
             assert row[name] == pytest.approx(float(expected), rel=1e-3, abs=1e-4), name
+
+
+def test_latents_are_counted_on_the_tokens_of_the_policy_only(demo_run: Path):
+    """A strict policy leaves out half of the tokens; of the rest, every active latent is there once, strongest last."""
+    activations, policy = Activations(demo_run / "scratch/harvest"), TokenPolicy(sink_norm_multiple=1.001)
+    sae = Sae.from_pretrained(demo_run / "saes", "layers.1.mlp")
+    firings = sparse_codes(sae, activations, policy)
+    keep = activations.counted("layers.1.mlp", policy)
+    assert 0.2 < float(keep.float().mean()) < 0.8
+    dense = sae.encode(activations.rows("layers.1.mlp", torch.arange(activations.n_tokens)))
+    n_active = ((dense > 0) & keep[:, None]).sum(0)
+    for j in range(sae.config.d_sae):
+        values, rows = firings.of(j)
+        assert len(values) == pytest.approx(int(n_active[j]), abs=2)
+        assert keep[rows.long()].all()
+        assert len(rows.unique()) == len(rows)
+        assert torch.equal(values, values.sort().values)
+        torch.testing.assert_close(values, dense[rows.long(), j], rtol=1e-4, atol=1e-4)
 
 
 def test_the_manifest_marks_the_sae_that_carries_the_most_concepts(demo_run: Path):

@@ -105,7 +105,7 @@ def _fill(
                     continue
                 held_out = _unit(document, "held out") < fraction_held_out
                 half = "explain" if _unit(document, "half") < 0.5 else "score"
-                pieces.append(Piece(document, source.origin or source.path, held_out, half, piece))
+                pieces.append(Piece(document, source.title, held_out, half, piece))
                 n_tokens += len(piece)
             if n_tokens >= quota:
                 break

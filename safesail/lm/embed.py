@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from safesail.errors import InputError
-from safesail.lm.load import check_weights, first_line, load_tokenizer, no_loading_bars
+from safesail.lm.load import check_complete, check_weights, first_line, load_tokenizer, no_loading_bars
 
 __all__ = ["SentenceEncoder"]
 
@@ -22,9 +23,11 @@ class SentenceEncoder:
         check_weights(path)
         no_loading_bars()
         try:
-            self._model: Any = AutoModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
+            model, report = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"the sentence encoder {path} cannot be loaded: {first_line(error)}") from error
+        check_complete(path, {"missing_keys": [key for key in report["missing_keys"] if "pooler" not in key]})
+        self._model: Any = model.eval().requires_grad_(False)
         self._tokenizer = load_tokenizer(path)
 
     @torch.inference_mode()

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from safesail.errors import InputError
 
 __all__ = [
     "causal_lm",
+    "check_complete",
     "check_weights",
     "files_fingerprint",
     "first_line",
@@ -32,9 +34,13 @@ def causal_lm(
     check_weights(path)
     no_loading_bars()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model: Any
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"the model {path} cannot be loaded: {first_line(error)}") from error
+    check_complete(path, report)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -93,6 +99,14 @@ def check_weights(path: str) -> None:
             f"the model folder {path} has no weights (*.safetensors); pickled weights are not read. "
             "Save the model again with save_pretrained."
         )
+
+
+def check_complete(path: str, report: dict[str, Any]) -> None:
+    """Raise InputError when weights are missing: transformers would fill them with random numbers and go on."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise InputError(f"the weights of {path} lack {shown}; the checkpoint is incomplete, fetch or save it again.")
 
 
 def no_loading_bars() -> None:

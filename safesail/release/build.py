@@ -121,20 +121,25 @@ def _masked(words: str) -> str:
 
 
 def _snippets(examples: list[Row], taxonomy: Taxonomy) -> dict[str, str]:
-    """A short, redacted stretch around each neuron's strongest explain-half peak; the peak's own word is masked too."""
+    """A few redacted words around each neuron's strongest explain-half peak, the peak's own word masked too."""
     snippets: dict[str, str] = {}
     for row in examples:
-        if row["neuron_id"] in snippets or row["half"] != "explain" or row["rank"] != 0:
-            continue
-        peak = row["peak"]
-        before, word, after = (
-            row["tokens"][max(peak - 5, 0) : peak],
-            row["tokens"][peak],
-            row["tokens"][peak + 1 : peak + 4],
-        )
-        text = redacted("".join(before), taxonomy) + _masked(word) + redacted("".join(after), taxonomy)
-        snippets[row["neuron_id"]] = "… " + " ".join(text.split()) + " …"
+        if row["neuron_id"] not in snippets and row["half"] == "explain" and row["rank"] == 0:
+            snippets[row["neuron_id"]] = _snippet(row["tokens"], row["peak"], taxonomy)
     return snippets
+
+
+def _snippet(tokens: list[str], peak: int, taxonomy: Taxonomy) -> str:
+    """Whole words only: a context may begin and end inside a word, so its first and last words are left out."""
+    text, before = "".join(tokens), "".join(tokens[:peak])
+    blank = len(tokens[peak]) - len(tokens[peak].lstrip())
+    at = max(len(text[: len(before) + blank + 1].split()) - 1, 0)  # the number of the peak's word
+    words = redacted(text, taxonomy).split()  # masking keeps the white space, so the numbers stay
+    if not words:
+        return ""
+    at = min(at, len(words) - 1)
+    shown = [*words[max(at - 4, 1) : at], _masked(words[at]), *words[at + 1 : min(at + 4, len(words) - 1)]]
+    return " ".join(["…", *shown, "…"])
 
 
 def _saes(run: Run, facts: _Facts, folder: Path) -> None:

@@ -53,7 +53,7 @@ def md_cell(value: Any, longest: int = 160) -> str:
     if len(text) > longest:
         text = text[: longest - 1] + "…"
     text = html.escape(text, quote=False)
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$:-])", lambda found: f"&#{ord(found[0])};", text)
+    return re.sub(r"[\\`*_{}\[\]()#+!|~$:@-]|(?<=www)\.", lambda found: f"&#{ord(found[0])};", text)
 
 
 def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonomy) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonom
     first = next(iter(facts.selection["selected"]))
     organization = recipe.publish.organization or "your-organization"
     tokens_by_source = facts.records["harvest"]["tokens_by_source"]
-    by_origin = {source.origin or source.path: source for source in recipe.corpus.sources}
+    by_origin = {source.title: source for source in recipe.corpus.sources}
     return {
         "name": recipe.name,
         "title": recipe.publish.title or recipe.name,

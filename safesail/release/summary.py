@@ -71,7 +71,7 @@ def score_bands(neurons: list[Row]) -> list[tuple[str, int]]:
     edges = [-1.0, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0]
     scores = [row["score"] for row in neurons if row["score"] is not None]
     bands = [
-        (f"{low:g} to {high:g}", sum(low < score <= high for score in scores))
+        (f"{low:g} to {high:g}", sum(low < score <= high or score == low == -1 for score in scores))
         for low, high in itertools.pairwise(edges)
     ]
     undefined = len(neurons) - len(scores)

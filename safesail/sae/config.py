@@ -1,5 +1,6 @@
 """What an SAE is: its shape, where it reads, and which tokens it was trained on. Stored as `cfg.json`."""
 
+import re
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
@@ -74,9 +75,11 @@ class SaeConfig(Section):
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], origin: str) -> "SaeConfig":
+    def from_json(cls, data: Any, origin: str) -> "SaeConfig":
         """The config in a decoded `cfg.json`; InputError says which key is wrong."""
-        metadata = data.get("metadata") or {}
+        metadata = data.get("metadata", {}) if isinstance(data, dict) else None
+        if not isinstance(metadata, dict):
+            raise InputError(f"{origin} is not the config of an SAE: it or its metadata is not a JSON object.")
         foreign = {
             key: data[key] for key, value in _SAELENS.items() if key != "device" and data.get(key, value) != value
         }
@@ -102,12 +105,8 @@ class SaeConfig(Section):
 
 def _transformer_lens_name(hook_point: str) -> str:
     """The TransformerLens name of a hook point where it has one, else the module path."""
-    parts = hook_point.split(".")
-    if len(parts) >= 2 and parts[-2 if len(parts) > 2 else -1].isdigit():
-        layer = parts[1]
-        kind = {2: "hook_resid_post"}.get(len(parts)) or {"mlp": "hook_mlp_out", "self_attn": "hook_attn_out"}.get(
-            parts[-1]
-        )
-        if kind:
-            return f"blocks.{layer}.{kind}"
-    return hook_point
+    found = re.fullmatch(r"layers\.(\d+)(?:\.(mlp|self_attn))?", hook_point)
+    if found is None:
+        return hook_point
+    kind = {None: "hook_resid_post", "mlp": "hook_mlp_out", "self_attn": "hook_attn_out"}[found[2]]
+    return f"blocks.{found[1]}.{kind}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -99,17 +100,16 @@ class Sae(nn.Module):
         repository = Repository(
             str(path_or_repo), "model", revision, token, cache_dir, force_download, local_files_only
         )
-        return cls._read(repository, _resolve(repository.json("config.json"), sae_id, repository.source), device, dtype)
+        return cls._read(repository, _Manifest.of(repository).resolve(sae_id, repository.source), device, dtype)
 
     @classmethod
     def load_all(cls, path_or_repo: str | Path, **kwargs: Any) -> dict[str, "Sae"]:
         """The selected SAE of every hook point, {hook point: Sae}; keyword arguments as in `from_pretrained`."""
         options = {key: kwargs.pop(key) for key in ("device", "dtype") if key in kwargs}
         repository = Repository(str(path_or_repo), "model", **kwargs)
-        selected = _manifest_part(repository.json("config.json"), "selected", repository.source)
         return {
             hook_point: cls._read(repository, sae_id, options.get("device", "cpu"), options.get("dtype", torch.float32))
-            for hook_point, sae_id in selected.items()
+            for hook_point, sae_id in _Manifest.of(repository).selected.items()
         }
 
     @classmethod
@@ -159,22 +159,36 @@ def read(folder: Path) -> Sae:
     return Sae.load(folder / WEIGHTS_FILE, read_config(folder))
 
 
-def _resolve(manifest: Any, sae_id: str | None, source: str) -> str:
-    """The full id (hook point and variant) that a possibly shorter id means in a release's manifest."""
-    selected = _manifest_part(manifest, "selected", source)
-    known = [sae["id"] for sae in _manifest_part(manifest, "saes", source)]
-    if sae_id is None and len(selected) == 1:
-        return next(iter(selected.values()))
-    if sae_id in selected:
-        return selected[sae_id]
-    if sae_id in known:
-        return str(sae_id)
-    raise InputError(
-        f"{source} has no SAE {sae_id!r}. Hook points: {', '.join(selected)}. All SAEs: {', '.join(known)}."
-    )
+class _Manifest(BaseModel):
+    """What `config.json` of a release must say for its SAEs to be found; it says more."""
 
+    class Listed(BaseModel):
+        id: str
 
-def _manifest_part(manifest: Any, key: str, source: str) -> Any:
-    if not isinstance(manifest, dict) or key not in manifest:
-        raise InputError(f"{source}/config.json is not the manifest of a safesail release: it has no {key!r}.")
-    return manifest[key]
+    selected: dict[str, str]
+    """{hook point: id of its selected SAE}."""
+    saes: list[Listed]
+
+    @classmethod
+    def of(cls, repository: Repository) -> "_Manifest":
+        try:
+            return cls.model_validate(repository.json("config.json"))
+        except ValidationError as error:
+            key = ".".join(map(str, error.errors()[0]["loc"]))
+            raise InputError(
+                f"{repository.source}/config.json is not the manifest of a safesail release"
+                f"{f': {key} is missing or malformed' if key else ''}; give a release's saes folder or repository."
+            ) from error
+
+    def resolve(self, sae_id: str | None, source: str) -> str:
+        """The full id (hook point and variant) that a possibly shorter id means."""
+        known = [sae.id for sae in self.saes]
+        if sae_id is None and len(self.selected) == 1:
+            return next(iter(self.selected.values()))
+        if sae_id in self.selected:
+            return self.selected[sae_id]
+        if sae_id in known:
+            return str(sae_id)
+        raise InputError(
+            f"{source} has no SAE {sae_id!r}. Hook points: {', '.join(self.selected)}. All SAEs: {', '.join(known)}."
+        )
