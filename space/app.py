@@ -24,6 +24,7 @@ from page import MAX_NEW_TOKENS, Page
 
 from safesail.diagnosis.inspector import Inspector
 from safesail.errors import InputError
+from safesail.neurons import WEAK_BELOW
 
 HERE = Path(__file__).resolve().parent
 MODEL = "model"
@@ -37,9 +38,10 @@ LIGHT: dict[str, Any] = {
 """Options of the page's own small events: they answer while the model is busy, and no click is lost."""
 
 READING = """**How to read this.** The colour of a token and the number under it are its *strength*: the activation of
-the strongest neuron of the chosen domains. An activation of 1 is a strong one for that neuron, its 99.9 % quantile over
-the corpus. The *score* is the correlation of where the explanation says the neuron fires with where it does, 1 at best:
-a score of 0.2 or less is *weak*, the explanation hardly predicts where the neuron fires."""
+the strongest neuron of the chosen domains whose score is above the chosen one. An activation of 1 is a strong one for
+that neuron: its 99.9 % quantile over the corpus, or for a rare neuron the median where it fires. The *score* is the
+correlation of where the explanation says the neuron fires with where it does, 1 at best: a score of 0.2 or less is
+*weak*, the explanation hardly predicts where the neuron fires."""
 SAFETY = """**What this is.** Explanations were written by a language model from the texts on which a neuron fires, and
 may be wrong: they describe, they do not prove what the model thinks. A neuron with a score below 0.2 is not to be
 relied upon. Some explanations, prompts and answers are about violence, terror, pornography or politics and may offend;
@@ -102,13 +104,16 @@ def _inspector_tab(page: Page) -> None:
             chosen = gr.CheckboxGroup(
                 choices, value=domains, label="Colour the tokens by neurons of", scale=2, min_width=330
             )
-            explained = gr.Checkbox(True, label="Only neurons with an explanation", min_width=330)
+            above = gr.Slider(
+                0, 1, WEAK_BELOW, step=0.05, label="… whose score is above (0: all)", elem_id="above", min_width=330
+            )
         headline = gr.HTML("", js_on_load=None, elem_id="headline")
-        table = _table(view.NEURONS, [105, 295, 110, 165, 155, 120, 120, 130], "neurons", "Neurons of the token")
+        explained = gr.Checkbox(True, label="List only neurons with an explanation", container=False)
+        table = _table(view.NEURONS, [105, 230, 120, 150, 155, 120, 155, 165], "neurons", "Neurons of the token")
         gr.Markdown(READING)
     seen = gr.State(None, time_to_live=3600)
 
-    asked = [prompt, mode, *settings, chosen, explained]
+    asked = [prompt, mode, *settings, chosen, above, explained]
     shown = [strip, headline, table, seen]
     running = gr.on(
         [run.click, prompt.submit],
@@ -122,8 +127,8 @@ def _inspector_tab(page: Page) -> None:
         concurrency_id=MODEL,
     )
     stop.click(page.stop, seen, [strip, details], cancels=[running], **LIGHT)
-    strip.select(page.select, [seen, chosen, explained], shown[1:], **LIGHT)
-    gr.on([chosen.input, explained.input], page.show, [seen, chosen, explained], shown, **LIGHT)
+    strip.select(page.select, [seen, chosen, above, explained], shown[1:], **LIGHT)
+    gr.on([chosen.input, above.release, explained.input], page.show, [seen, chosen, above, explained], shown, **LIGHT)
 
 
 def _settings() -> list[Component]:

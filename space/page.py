@@ -53,6 +53,7 @@ class Page:
         temperature: float,
         seed: int,
         domains: list[str],
+        above: float,
         explained_only: bool,
     ) -> Iterator[tuple[Any, ...]]:
         """Stream the answer, then show every token and select the strongest one."""
@@ -63,8 +64,8 @@ class Page:
                 if inspection is None:
                     yield text, view.waiting("Writing the answer…"), skip, skip, skip, skip
                     continue
-                index = view.strongest(inspection, inspection.strengths(domains))
-                shown = self.show(Seen(inspection, index), domains, explained_only)
+                index = view.strongest(inspection, inspection.strengths(domains, above=above or None))
+                shown = self.show(Seen(inspection, index), domains, above, explained_only)
                 yield text, *shown, gr.Column(visible=True)
         except InputError as error:
             gr.Warning(_sentence(error))
@@ -77,22 +78,23 @@ class Page:
         sentence = "Stopped. Tokens are shown of finished answers; fewer new tokens make a shorter one."
         return view.waiting(sentence), gr.Column(visible=False)
 
-    def show(self, seen: Seen | None, domains: list[str], explained_only: bool) -> tuple[Any, ...]:
-        """The strip, the headline and the table of what a visitor looks at."""
+    def show(self, seen: Seen | None, domains: list[str], above: float, explained_only: bool) -> tuple[Any, ...]:
+        """The strip, the headline and the table of what a visitor looks at; `above` 0 colours by every neuron."""
         if seen is None:
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
-        strengths = seen.inspection.strengths(domains)
+        strengths = seen.inspection.strengths(domains, above=above or None)
         return view.strip(seen.inspection, strengths, seen.index), *self._details(seen, strengths, explained_only), seen
 
     def select(
-        self, seen: Seen | None, domains: list[str], explained_only: bool, event: gr.SelectData
+        self, seen: Seen | None, domains: list[str], above: float, explained_only: bool, event: gr.SelectData
     ) -> tuple[Any, ...]:
         """The headline and the table of the token that was clicked."""
         if seen is None or not 0 <= int(event.index) < len(seen.inspection.units):
             gr.Warning("These tokens are no longer kept here; run the prompt again.")
             return gr.skip(), gr.skip(), gr.skip()
         seen = Seen(seen.inspection, int(event.index))
-        return *self._details(seen, seen.inspection.strengths(domains), explained_only), seen
+        strengths = seen.inspection.strengths(domains, above=above or None)
+        return *self._details(seen, strengths, explained_only), seen
 
     def find(self, text: str, domain: str, hook_point: str, min_score: float) -> tuple[str, list[view.Row]]:
         """The search tab's count and table; a minimum score of 0 asks for every neuron."""

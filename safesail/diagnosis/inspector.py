@@ -124,14 +124,18 @@ class Inspection:
     def _hits_by_unit(self) -> list[list[Hit]]:
         return [self.hits(i, explained_only=True) for i in range(len(self.units))]
 
-    def strengths(self, domains: list[str] | None = None) -> list[float]:
-        """Per unit the strongest normalised activation of an explained neuron of the given (default: any) domains."""
+    def strengths(self, domains: list[str] | None = None, *, above: float | None = None) -> list[float]:
+        """Per unit the strongest normalised activation of an explained neuron of the given (default: any) domains.
+
+        With `above`, only neurons whose score is larger count: of the others it is not known what they are about.
+        """
         return [
             max(
                 (
                     hit.normalised or 0.0
                     for hit in hits
                     if hit.domains and (domains is None or set(domains) & set(hit.domains))
+                    if above is None or (hit.score is not None and hit.score > above)
                 ),
                 default=0.0,
             )

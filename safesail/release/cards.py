@@ -20,6 +20,7 @@ from safesail.taxonomy import Taxonomy
 __all__ = ["card_facts", "md_cell", "render", "write_cards"]
 
 Row = dict[str, Any]
+_KNOWN_LICENCES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"}
 
 
 def write_cards(run: Run, facts: Any, neurons: list[Row], taxonomy: Taxonomy, folder: Path) -> None:
@@ -161,11 +162,10 @@ def _dataset_front(facts: dict[str, Any], configs: list[Row], pretty: str, **ext
 
     return DatasetCardData(
         language=list(facts["recipe"].publish.languages),
-        license=facts["recipe"].publish.licence,
+        **{"license": facts["recipe"].publish.licence, **extra},
         pretty_name=pretty,
         tags=["sparse-autoencoder", "interpretability", "safety"],
         configs=configs,
-        **extra,
     ).to_yaml()
 
 
@@ -187,10 +187,19 @@ def _examples_front(facts: dict[str, Any]) -> str:
         facts,
         configs,
         f"{facts['title']}: examples",
+        **_licence_of_texts(facts["sources"]),
         extra_gated_heading="These texts contain offensive and disturbing content",
         extra_gated_prompt="The examples are excerpts on which safety-related neurons fire. "
         "They are for research on the safety of language models.",
     )
+
+
+def _licence_of_texts(sources: list[tuple[str, int, str]]) -> Row:
+    """The licence of excerpts: that of their sources where all agree, else `other`, with the table in the card."""
+    licences = {licence for _, _, licence in sources}
+    if len(licences) == 1 and licences <= _KNOWN_LICENCES:
+        return {"license": licences.pop()}
+    return {"license": "other", "license_name": "licences-of-the-sources"}
 
 
 def _space_front(facts: dict[str, Any]) -> str:

@@ -9,6 +9,8 @@ For each category of the taxonomy, with its pairs (q_i⁺, q_i⁻) and A_j(q) th
 averaged over categories. Safe-SAIL publishes the words, not the formulas: this is our reading of them.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +109,18 @@ def candidate_latents(
                 "n_losses": int(lost[latents[i]]),
                 "n_pairs": len(rows),
                 "p_value": float(p_values[i]),
-                "concepts": sorted({pairs[row].concept for row in rows[wins[rows, latents[i]]].tolist()}),
+                "concepts": _most_common(pairs[row].concept for row in rows[wins[rows, latents[i]]].tolist()),
                 "explain": rank < section.max_latents_per_domain,
             }
             for rank, i in enumerate(order)
         ]
     return found
+
+
+def _most_common(concepts: Iterable[str]) -> list[str]:
+    """The distinct concepts, those of most pairs first, else in the order of the alphabet."""
+    counts = Counter(concepts)
+    return sorted(counts, key=lambda concept: (-counts[concept], concept))
 
 
 @torch.inference_mode()
