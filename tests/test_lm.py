@@ -514,6 +514,20 @@ def test_every_source_fills_its_share(texts: Path, tokenizer: Any):
     assert len({piece.source for piece in pieces[:20]}) == 2  # shuffled together
 
 
+def test_a_text_is_taken_once_though_several_sources_hold_it(tmp_path: Path, tokenizer: Any):
+    """The domain's source comes first and takes its texts; the source of all texts gets the others, repeats left out."""
+    texts = [f"The terrorist wrote letter number {i} near the river." for i in range(40)]
+    texts += [f"The teacher wrote letter number {i} near the river." for i in range(60)]
+    path = tmp_path / "all.jsonl"
+    rows = [{"id": str(i), "text": text} for i, text in enumerate([*texts, *texts])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": str(path), "about": "terror", "origin": "a"}, {"path": str(path), "origin": "b"}]
+    pieces = pieces_of(corpus(sources, n_tokens=600, context=64), tokenizer)
+    taken = [tuple(piece.ids) for piece in pieces]
+    assert len(set(taken)) == len(taken)
+    assert {piece.source for piece in pieces} == {"a", "b"}
+
+
 def test_a_source_without_an_origin_is_not_named_by_its_folder(texts: Path, tokenizer: Any):
     """What a piece says of its source is published: the cards and the examples name it."""
     pieces = pieces_of(corpus([{"path": str(texts)}]), tokenizer)
@@ -547,7 +561,7 @@ def test_a_source_that_runs_dry_says_how_much_it_has_and_how_much_was_asked(
     numbers = [word for word in str(caught.value).split() if word[0].isdigit()]
     assert str(texts) in str(caught.value)
     assert numbers[1].rstrip(";") == "1,000,000"
-    rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    rows = dict.fromkeys(json.loads(line)["text"] for line in texts.read_text().splitlines())  # each text counts once
     kept = [text for text in rows if about is None or TAXONOMY.about(about).search(text)]
     n = sum(len(ids) for ids in tokenizer(kept, add_special_tokens=False)["input_ids"])
     assert abs(int(numbers[0].replace(",", "")) - n) <= len(kept)  # pieces of a single token are left out
@@ -562,7 +576,11 @@ def test_a_source_that_runs_dry_says_how_much_it_has_and_how_much_was_asked(
         ("broken.jsonl", '{"text": "x"\n{{{', r"broken\.jsonl cannot be read as json"),
         ("notes.docx", "x", r"is none of \.json, \.jsonl, \.parquet, \.csv, \.txt"),
         ("broken.parquet", "PAR1 but not really", r"broken\.parquet cannot be read as parquet"),
-        ("blank.jsonl", '{"text": "  "}\n{"text": null}\n', r"gives 0 tokens of text, but its weight asks for 4,000"),
+        (
+            "blank.jsonl",
+            '{"text": "  "}\n{"text": null}\n',
+            r"gives 0 tokens of new text, but its weight asks for 4,000",
+        ),
     ],
 )
 def test_a_source_that_cannot_be_read_is_named(tmp_path: Path, tokenizer: Any, name: str, content: str, message: str):

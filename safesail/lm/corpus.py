@@ -38,13 +38,18 @@ def gather(
     seed: int,
     progress: Callable[[int], Any] | None = None,
 ) -> list[Piece]:
-    """The pieces of a recipe's corpus: each source fills its share of the tokens, then all are shuffled together."""
+    """The pieces of a recipe's corpus: each source fills its share of the tokens, then all are shuffled together.
+
+    A text is taken once, by the first source that comes to it, so that sources may read the same file.
+    """
     total_weight = sum(source.weight for source in section.sources)
     fraction_held_out = section.n_held_out_tokens / section.n_tokens
     pieces: list[Piece] = []
+    taken: set[bytes] = set()
     for source in section.sources:
         quota = round(section.n_tokens * source.weight / total_weight)
-        pieces += _fill(source, quota, section.context, fraction_held_out, taxonomy, tokenizer, seed, progress)
+        texts = documents(source, taxonomy, seed)
+        pieces += _fill(source, quota, texts, taken, section.context, fraction_held_out, tokenizer, progress)
     random.Random(seed).shuffle(pieces)
     return pieces
 
@@ -88,17 +93,21 @@ def texts_fingerprint(section: CorpusSection, files_fingerprint: Callable[[list[
 def _fill(
     source: Source,
     quota: int,
+    texts: Iterator[tuple[str, str]],
+    taken: set[bytes],
     context: int,
     fraction_held_out: float,
-    taxonomy: Taxonomy,
     tokenizer: Any,
-    seed: int,
     progress: Callable[[int], Any] | None,
 ) -> list[Piece]:
     pieces, n_tokens = [], 0
-    for chunk in _chunks(documents(source, taxonomy, seed)):
+    for chunk in _chunks(texts):
         encoded = tokenizer([text for _, text in chunk], add_special_tokens=False)["input_ids"]
-        for (document, _), ids in zip(chunk, encoded, strict=True):
+        for (document, text), ids in zip(chunk, encoded, strict=True):
+            digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
+            if digest in taken:
+                continue
+            taken.add(digest)
             for cut in range(0, len(ids), context):
                 piece = ids[cut : cut + context]
                 if len(piece) < 2:
@@ -115,7 +124,7 @@ def _fill(
             return pieces
     kept = f" about {source.about}" if source.about else ""
     raise InputError(
-        f"{source.path} gives {n_tokens:,} tokens of text{kept}, but its weight asks for {quota:,}; "
+        f"{source.path} gives {n_tokens:,} tokens of new text{kept}, but its weight asks for {quota:,}; "
         "lower its weight or corpus.n_tokens, or add texts."
     )
 
