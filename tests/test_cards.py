@@ -11,7 +11,7 @@ import pytest
 
 from safesail.assets import asset
 from safesail.release.build import redacted
-from safesail.release.cards import md_cell, render
+from safesail.release.cards import _licence_of_texts, md_cell, render
 from safesail.release.summary import aligned, domain_table, markdown, sae_table, score_bands
 from safesail.taxonomy import Taxonomy
 
@@ -216,6 +216,14 @@ def card(request: pytest.FixtureRequest, demo_run: Path) -> str:
     return (demo_run / request.param / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("licences", "said"),
+    [(["mit", "mit"], "mit"), (["mit", "apache-2.0"], "other"), (["mixed"], "other"), ([""], "other")],
+)
+def test_excerpts_have_the_licence_of_their_sources_or_other(licences: list[str], said: str):
+    assert _licence_of_texts([("source", 1, licence) for licence in licences])["license"] == said
+
+
 def test_the_front_matter_parses_as_what_it_is(demo_run: Path):
     from huggingface_hub import DatasetCard, ModelCard, SpaceCard
 
@@ -227,9 +235,9 @@ def test_the_front_matter_parses_as_what_it_is(demo_run: Path):
     )
     assert model.language == ["en"]
     assert {"sparse-autoencoder", "safety"} <= set(model.tags)
-    for part in ("neurons", "examples"):
+    for part, licence in (("neurons", "apache-2.0"), ("examples", "cc0-1.0")):  # excerpts have their sources' licence
         data = DatasetCard.load(demo_run / part / "README.md").data
-        assert data.license == "apache-2.0"
+        assert data.license == licence
         assert [config["config_name"] for config in data.configs if config.get("default")] == [part]
     examples = DatasetCard.load(demo_run / "examples/README.md").data.to_dict()
     assert examples["extra_gated_heading"]

@@ -515,7 +515,7 @@ def test_every_source_fills_its_share(texts: Path, tokenizer: Any):
 
 
 def test_a_text_is_taken_once_though_several_sources_hold_it(tmp_path: Path, tokenizer: Any):
-    """The domain's source comes first and takes its texts; the source of all texts gets the others, repeats left out."""
+    """The domain's source comes first and takes its texts; the other gets the rest, repeats left out."""
     texts = [f"The terrorist wrote letter number {i} near the river." for i in range(40)]
     texts += [f"The teacher wrote letter number {i} near the river." for i in range(60)]
     path = tmp_path / "all.jsonl"
