@@ -92,7 +92,9 @@ class Pipeline:
         started = time.monotonic()
         with self.run.stage(name) as work:
             getattr(self, f"_{name}")(work)
-        self.say(f"{name:8} done in {time.monotonic() - started:.0f} s")
+        self.say(
+            f"{name:8} done in {time.monotonic() - started:.0f} s{_spent(work.facts.get('usage'), name, self.run)}"
+        )
 
     # --- what the stages read --------------------------------------------------------------------------------
 
@@ -248,6 +250,21 @@ class Pipeline:
             usd_per_million_prompt_tokens=prompt_price,
             usd_per_million_completion_tokens=completion_price,
         )
+
+
+def _spent(usage: dict[str, Any] | None, stage: str, run: Run) -> str:
+    """What a stage's calls to a language model came to, in words; empty for a stage without any."""
+    if not usage:
+        return ""
+    cost = "at no known price" if usage["cost_usd"] is None else f"{usage['cost_usd']:.4f} USD"
+    n_tokens = usage["prompt_tokens"] + usage["completion_tokens"]
+    line = f": {usage['calls']} answers, {usage['cached']} more from the cache, {n_tokens:,} tokens, {cost}"
+    trouble = [f"{n} {status}" for status, n in usage["by_status"].items() if status != "ok"]
+    if trouble:
+        line += f"; {', '.join(trouble)}"
+    if usage["by_status"].get("failed"):
+        line += f" (`safesail {stage} {run.folder} --force` asks the failed ones again)"
+    return line
 
 
 def _files(folder: Path) -> list[Path]:

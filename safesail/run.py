@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from safesail.errors import InputError
 from safesail.recipe import Recipe, differences
 
-__all__ = ["PARTS", "STAGES", "Run", "Stage", "StageWork", "fingerprint", "write_json"]
+__all__ = ["PARTS", "STAGES", "Run", "Stage", "StageWork", "dependents", "fingerprint", "write_json"]
 
 SCHEMA = 1
 PARTS = ("saes", "neurons", "examples", "inspector")
@@ -156,6 +156,8 @@ class Run:
         record = {"stage": name, "fingerprint": expected, "seconds": round(time.monotonic() - started, 1), **work.facts}
         write_json(partial / "stage.json", record)
         (partial / "fingerprint").unlink()
+        for later in dependents(name):  # made from what is replaced now
+            (self.scratch / later / "stage.json").unlink(missing_ok=True)
         final = self.scratch / name
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -184,6 +186,15 @@ class Run:
         """Write run.json: the recipe and the records of the finished stages."""
         records = {name: record for name in STAGES if (record := self.record(name)) is not None}
         write_json(self.ledger, {"schema": SCHEMA, "recipe": self.recipe.dump(), "stages": records})
+
+
+def dependents(name: str) -> list[str]:
+    """The stages that read a stage's result, directly or through others, in their order."""
+    found: list[str] = []
+    for stage in STAGES.values():
+        if {name, *found} & set(stage.after):
+            found.append(stage.name)
+    return found
 
 
 def fingerprint(*values: Any) -> str:

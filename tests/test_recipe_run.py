@@ -12,7 +12,7 @@ from safesail import Recipe, Run
 from safesail.assets import asset
 from safesail.errors import InputError
 from safesail.recipe import differences
-from safesail.run import STAGES, fingerprint, write_json
+from safesail.run import STAGES, dependents, fingerprint, write_json
 
 SMALL = """
 name = "small"
@@ -421,3 +421,19 @@ def test_a_fingerprint_is_the_same_for_equal_values_only():
     others = [fingerprint({"a": 1, "b": [3, 2]}), fingerprint({"a": 1}), fingerprint({"a": "1", "b": [2, 3]})]
     assert len({fingerprint({"a": 1, "b": [2, 3]}), *others}) == 4
     assert fingerprint("a", "b") != fingerprint("ab")
+
+
+def test_a_stage_made_anew_makes_all_that_reads_it_missing():
+    assert dependents("select") == ["collect", "explain", "score", "build"]
+    assert dependents("eval") == ["select", "collect", "explain", "score", "build"]
+    assert dependents("build") == []
+
+
+def test_work_done_again_is_not_followed_by_old_results(run: Run):
+    for name in ("harvest", "train", "eval"):
+        with run.stage(name):
+            pass
+    assert run.state("eval") == "done"
+    with run.stage("train"):
+        pass
+    assert (run.state("harvest"), run.state("train"), run.state("eval")) == ("done", "done", "missing")

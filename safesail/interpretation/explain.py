@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from safesail.interpretation.llm import Llm, Message, Reply, Request
-from safesail.interpretation.prompts import prompt, prompt_hash
+from safesail.interpretation.prompts import inert, prompt, prompt_hash
 from safesail.progress import bar
 from safesail.recipe import Recipe
 from safesail.run import StageWork
@@ -130,10 +130,10 @@ def _builder(
 
 
 def _highlighted(row: Row, q: float) -> str:
-    """The text with its active tokens as ⟦token⟧level; the marks themselves cannot be forged by the text."""
+    """The text with its active tokens as ⟦token⟧level."""
     parts = []
     for token, value in zip(row["tokens"], row["activations"], strict=True):
-        shown = token.replace("⟦", "[").replace("⟧", "]").replace("<", "‹").replace("\n", " ")
+        shown = inert(token)
         level = min(round(10 * value / q), 10)
         parts.append(f"⟦{shown}⟧{level}" if level >= 1 else shown)
     return "".join(parts)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from safesail.interpretation.collect import Firings, Peak, load_codes, peaks
 from safesail.interpretation.llm import Llm, Message, Reply, Request
-from safesail.interpretation.prompts import prompt
+from safesail.interpretation.prompts import inert, prompt
 from safesail.lm.activations import Activations
 from safesail.lm.tokens import token_bytes
 from safesail.metrics import auroc, pearson_interval
@@ -127,14 +127,14 @@ def lexical_tokens(activations: Activations, codes: Firings, latent: int, active
 
 def simulation_request(explanation: str, texts: list[str]) -> Request:
     """Ask which of the numbered segments are active; the texts are delimited data."""
-    numbered = "\n".join(f"{i}: {' '.join(text.split())}" for i, text in enumerate(texts, 1)).replace("</pieces>", "")
+    numbered = "\n".join(f"{i}: {inert(text)}" for i, text in enumerate(texts, 1))
     schema = {
         "type": "object",
         "properties": {"active": {"type": "array", "items": {"type": "integer"}}},
         "required": ["active"],
         "additionalProperties": False,
     }
-    text = prompt("simulate_segments").format(explanation=explanation, segments=numbered)
+    text = prompt("simulate_segments").format(explanation=inert(explanation), segments=numbered)
     return Request(messages=(Message("user", text),), max_tokens=8 * len(texts) + 32, schema=schema)
 
 

@@ -1,11 +1,17 @@
 """The prompts, one text file each; a prompt's hash goes into every row that it helped to make."""
 
 import hashlib
+import re
 from pathlib import Path
 
-__all__ = ["prompt", "prompt_hash", "prompts_fingerprint"]
+__all__ = ["inert", "prompt", "prompt_hash", "prompts_fingerprint"]
 
 _FOLDER = Path(__file__).parent
+
+
+def inert(text: str) -> str:
+    """Foreign text for the inside of a prompt: one line that can neither close its block nor forge a highlight."""
+    return re.sub(r"[\r\n\v\f\x85\u2028\u2029]+", " ", text).translate({ord("<"): "‹", ord("⟦"): "[", ord("⟧"): "]"})
 
 
 def prompt(name: str) -> str:
