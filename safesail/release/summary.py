@@ -51,7 +51,7 @@ def domain_table(neurons: list[Row], domain_ids: list[str]) -> tuple[list[str], 
     ]
     cells = []
     for group in domains_summary(neurons, domain_ids):
-        quartiles = "" if group["low"] is None else f"{group['low']:.2f} – {group['high']:.2f}"
+        quartiles = "" if group["low"] is None else f"{_number(group['low'])} – {_number(group['high'])}"
         cells.append(
             [
                 group["domain"],
@@ -115,4 +115,4 @@ def _group(name: str, rows: list[Row]) -> Row:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    return "" if value is None else f"{value:.2f}".replace("-0.00", "0.00")
