@@ -34,12 +34,12 @@ def causal_lm(
     check_weights(path)
     no_loading_bars()
     try:
-        model: Any
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"the model {path} cannot be loaded: {first_line(error)}") from error
+    model, report = loaded
     check_complete(path, report)
     return model.to(device).eval().requires_grad_(False)
 
