@@ -165,6 +165,7 @@ def test_cfg_json_has_the_keys_of_saelens():
     assert metadata["token_policy"] == {"exclude_special": False, "sink_norm_multiple": 7.0}
     assert metadata["median_norm"] == 2.5
     assert metadata["prepend_bos"] is False
+    assert metadata["sae_lens_version"].startswith("6.")  # else SAELens reads the pre-6.0 format and drops the rest
 
 
 @pytest.mark.parametrize(

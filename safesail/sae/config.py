@@ -10,6 +10,8 @@ from safesail.recipe import Section, TokenPolicy
 
 __all__ = ["SaeConfig"]
 
+# Without a version SAELens takes a config for its flat pre-6.0 format and loses the metadata.
+_SAELENS_FORMAT = "6.0.0"
 # The keys that SAELens (v6) needs around ours so that it reads the same file unchanged.
 _SAELENS = {
     "device": "cpu",
@@ -63,6 +65,7 @@ class SaeConfig(Section):
             "dtype": self.dtype,
             **_SAELENS,
             "metadata": {
+                "sae_lens_version": _SAELENS_FORMAT,
                 "model_name": self.model_name,
                 "hook_name": _transformer_lens_name(self.hook_point),
                 "hf_hook_name": f"model.{self.hook_point}",
