@@ -27,7 +27,7 @@ from safesail.sae import model as sae_files
 from safesail.sae.model import Sae
 from safesail.training.step import generator
 
-__all__ = ["Firings", "Peak", "collect_stage", "context", "load_codes", "sparse_codes"]
+__all__ = ["EXAMPLE_SCHEMA", "Firings", "Peak", "collect_stage", "context", "load_codes", "sparse_codes"]
 
 
 class Firings(NamedTuple):
@@ -84,7 +84,7 @@ def collect_stage(
                 examples += _examples(recipe, activations, firings, hook_point, latent, q, tokenizer)
             _save_codes(work.folder / f"codes-{hook_point}.safetensors", firings, chosen)
     pq.write_table(pa.Table.from_pylist(statistics), work.folder / "statistics.parquet")
-    pq.write_table(pa.Table.from_pylist(examples, schema=_EXAMPLE_SCHEMA), work.folder / "examples.parquet")
+    pq.write_table(pa.Table.from_pylist(examples, schema=EXAMPLE_SCHEMA), work.folder / "examples.parquet")
     work.facts["n_examples"] = len(examples)
 
 
@@ -193,7 +193,7 @@ def context(
     return units, strengths
 
 
-_EXAMPLE_SCHEMA = pa.schema(
+EXAMPLE_SCHEMA = pa.schema(
     [
         ("neuron_id", pa.string()),
         ("half", pa.string()),

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from safesail import __version__
 from safesail.assets import asset
+from safesail.interpretation.collect import EXAMPLE_SCHEMA
 from safesail.interpretation.explain import load as load_explanations
 from safesail.lm.activations import Activations
 from safesail.metrics import DEFINITIONS
@@ -199,33 +200,10 @@ def _neurons(facts: _Facts, rows: list[Row], folder: Path) -> None:
 
 
 def _examples(facts: _Facts, folder: Path) -> None:
-    published = (
-        "neuron_id",
-        "half",
-        "rank",
-        "stratum",
-        "level",
-        "activation",
-        "text",
-        "tokens",
-        "activations",
-        "source",
-    )
-    schema = pa.schema(
-        [
-            ("neuron_id", pa.string()),
-            ("half", pa.string()),
-            ("rank", pa.int32()),
-            ("stratum", pa.string()),
-            ("level", pa.int32()),
-            ("activation", pa.float32()),
-            ("text", pa.string()),
-            ("tokens", pa.list_(pa.string())),
-            ("activations", pa.list_(pa.float32())),
-            ("source", pa.string()),
-        ]
-    )
-    _table(folder / "examples/train.parquet", [{key: row[key] for key in published} for row in facts.examples], schema)
+    """The collected examples without the columns that only the stages use."""
+    schema = pa.schema([field for field in EXAMPLE_SCHEMA if field.name not in ("document", "piece", "peak")])
+    rows = [{name: row[name] for name in schema.names} for row in facts.examples]
+    _table(folder / "examples/train.parquet", rows, schema)
 
 
 def _inspector(folder: Path) -> None:
