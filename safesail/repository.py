@@ -99,8 +99,8 @@ class Repository:
             raise InputError(f"{self.source} has no revision {self.revision!r} on the Hub.") from error
         except LocalEntryNotFoundError as error:
             raise InputError(
-                f"{name} of {where} is not in the local cache and cannot be downloaded now; "
-                "connect to the Hub once, or give a local folder."
+                f"there is no folder {self.source} here, and {name} of the Hub repository {where} is neither in the "
+                "local cache nor to be downloaded now; give a folder that exists, or connect to the Hub once."
             ) from error
         except EntryNotFoundError as error:
             raise InputError(f"{where} has no file {name}; is it a release of safesail?") from error
