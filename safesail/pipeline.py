@@ -3,7 +3,6 @@
 harvest → train → eval → select → collect → explain → score → build
 """
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 
 from safesail.assets import asset
@@ -31,7 +29,7 @@ from safesail.lm.load import causal_lm, files_fingerprint, load_tokenizer, model
 from safesail.lm.tokens import special_ids
 from safesail.pairs import load_pairs
 from safesail.progress import bar
-from safesail.recipe import Recipe
+from safesail.recipe import ExplainSection, Recipe, ScoreSection
 from safesail.release.build import build_stage
 from safesail.run import STAGES, Run, StageWork
 from safesail.taxonomy import Taxonomy
@@ -120,14 +118,8 @@ class Pipeline:
     def _activations(self) -> Activations:
         return Activations(self.run.result("harvest"))
 
-    def _json(self, stage: str, name: str) -> Any:
-        return json.loads((self.run.result(stage) / name).read_text(encoding="utf-8"))
-
-    def _rows(self, stage: str, name: str) -> list[dict[str, Any]]:
-        return pq.read_table(self.run.result(stage) / name).to_pylist()
-
     def _statistics(self) -> dict[str, dict[str, Any]]:
-        return {row["neuron_id"]: row for row in self._rows("collect", "statistics.parquet")}
+        return {row["neuron_id"]: row for row in self.run.table_of("collect", "statistics.parquet")}
 
     # --- the stages ------------------------------------------------------------------------------------------
 
@@ -168,7 +160,7 @@ class Pipeline:
             self.recipe,
             self._activations,
             self.run.result("train"),
-            self._json("eval", "fidelity.json"),
+            self.run.json_of("eval", "fidelity.json"),
             load_pairs(self.recipe.select.pairs),
             self._model,
             self._tokenizer,
@@ -180,8 +172,8 @@ class Pipeline:
             self.recipe,
             self._activations,
             self.run.result("train"),
-            self._json("select", "selection.json"),
-            self._json("select", "candidates.json"),
+            self.run.json_of("select", "selection.json"),
+            self.run.json_of("select", "candidates.json"),
             self._tokenizer,
             work,
         )
@@ -189,9 +181,9 @@ class Pipeline:
     def _explain(self, work: StageWork) -> None:
         explain_stage(
             self.recipe,
-            self._rows("collect", "examples.parquet"),
+            self.run.table_of("collect", "examples.parquet"),
             self._statistics(),
-            self._json("select", "candidates.json"),
+            self.run.json_of("select", "candidates.json"),
             self._taxonomy,
             self._explainer(),
             self._encoder.encode,
@@ -222,8 +214,7 @@ class Pipeline:
         if section.backend == "endpoint":
             if not section.model:
                 raise InputError("explain.backend is 'endpoint' but explain.model is empty; name the endpoint's model.")
-            prices = (section.usd_per_million_prompt_tokens, section.usd_per_million_completion_tokens)
-            return Llm(self._endpoint(section.model, *prices), cache)
+            return Llm(self._endpoint(section), cache)
         path = section.model or self.recipe.model.path
         model = self._model if not section.model else causal_lm(section.model)
         tokenizer = self._tokenizer if not section.model else load_tokenizer(section.model)
@@ -236,19 +227,17 @@ class Pipeline:
         return Llm(backend, cache)
 
     def _simulator(self) -> Llm:
-        section = self.recipe.score
-        prices = (section.usd_per_million_prompt_tokens, section.usd_per_million_completion_tokens)
-        return Llm(self._endpoint(section.model, *prices), self.run.scratch / "llm.sqlite")
+        return Llm(self._endpoint(self.recipe.score), self.run.scratch / "llm.sqlite")
 
-    def _endpoint(self, model: str, prompt_price: float | None, completion_price: float | None) -> EndpointBackend:
+    def _endpoint(self, section: ExplainSection | ScoreSection) -> EndpointBackend:
         runtime = self.recipe.runtime
         return EndpointBackend(
-            model,
+            section.model,
             runtime.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
             api_key_env=runtime.api_key_env,
             concurrency=runtime.concurrency,
-            usd_per_million_prompt_tokens=prompt_price,
-            usd_per_million_completion_tokens=completion_price,
+            usd_per_million_prompt_tokens=section.usd_per_million_prompt_tokens,
+            usd_per_million_completion_tokens=section.usd_per_million_completion_tokens,
         )
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from safesail.errors import InputError
 from safesail.recipe import Recipe, differences
+from safesail.repository import read_table
 
 __all__ = ["PARTS", "STAGES", "Run", "Stage", "StageWork", "dependents", "fingerprint", "write_json"]
 
@@ -114,6 +115,14 @@ class Run:
         if not (path / "stage.json").is_file():
             raise InputError(f"{self.folder} has no result of {stage} yet; type `safesail {stage} {self.folder}`.")
         return path
+
+    def json_of(self, stage: str, name: str) -> Any:
+        """The decoded JSON file `name` of a finished stage."""
+        return json.loads((self.result(stage) / name).read_text(encoding="utf-8"))
+
+    def table_of(self, stage: str, name: str) -> list[dict[str, Any]]:
+        """The rows of the parquet file `name` of a finished stage."""
+        return read_table(self.result(stage) / name)
 
     def part(self, name: str) -> Path:
         """The folder of one Hub repository: saes, neurons, examples or inspector."""

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,17 @@ FRAMES = [
     "She wrote a short letter about the {b}, then about the {a}.",
     "In 2019 the {a} came back and everybody looked at the {b}.",
 ]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One torch thread during a test: bits and times do not depend on the machine's cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,10 @@ from safesail.lm.tokens import counted, spans, special_ids, token_bytes
 from safesail.recipe import CorpusSection, TokenPolicy
 from safesail.taxonomy import Taxonomy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BOTH = ("layers.0.mlp", "layers.1.mlp")
 TAXONOMY = Taxonomy.load()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The sparse kernels against dense autograd, and one SAE in training against its own equations."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,13 +19,7 @@ from safesail.sae.sparse import Codes, decode, encode_topk, rows_by_latent, topk
 from safesail.training.step import SaeTrainer, generator
 from safesail.training.trainer import batches, train_stage, variants
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

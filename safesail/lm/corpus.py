@@ -83,10 +83,9 @@ def pack(lengths: list[int], window: int) -> list[list[int]]:
 
 def texts_fingerprint(section: CorpusSection, files_fingerprint: Callable[[list[Path]], str]) -> str:
     """What tells one corpus from another: the content of local files, the ids of Hub datasets."""
-    parts = [
-        files_fingerprint([Path(source.path)]) if _is_local(source.path) else f"{source.path}:{source.name}"
-        for source in section.sources
-    ]
+    local = {source.path for source in section.sources if _is_local(source.path)}
+    contents = {path: files_fingerprint([Path(path)]) for path in local}  # several sources may read one file
+    parts = [contents.get(source.path) or f"{source.path}:{source.name}" for source in section.sources]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 

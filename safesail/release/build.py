@@ -4,7 +4,6 @@ Reads the results of all stages. Writes `saes/`, `neurons/`, `examples/` and `in
 in them depends on the clock or on how often the run was interrupted, so the same recipe gives the same bytes.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -41,7 +40,7 @@ def build_stage(run: Run, taxonomy: Taxonomy, work: StageWork) -> None:
     _neurons(facts, rows, work.folder / "neurons")
     _examples(facts, work.folder / "examples")
     _inspector(work.folder / "inspector")
-    write_cards(run, facts, rows, taxonomy, work.folder)
+    write_cards(run.recipe, facts, rows, taxonomy, work.folder)
     for part in PARTS:
         shutil.rmtree(run.part(part), ignore_errors=True)
         (work.folder / part).rename(run.part(part))
@@ -54,19 +53,23 @@ class _Facts:
 
     def __init__(self, run: Run) -> None:
         self.recipe = run.recipe
-        self.fidelity: dict[str, Row] = _json(run, "eval", "fidelity.json")
-        self.selection: dict[str, Any] = _json(run, "select", "selection.json")
-        self.candidates: dict[str, Any] = _json(run, "select", "candidates.json")
-        self.statistics = _rows(run, "collect", "statistics.parquet")
-        self.examples = _rows(run, "collect", "examples.parquet")
+        self.fidelity: dict[str, Row] = run.json_of("eval", "fidelity.json")
+        self.selection: dict[str, Any] = run.json_of("select", "selection.json")
+        self.statistics = run.table_of("collect", "statistics.parquet")
+        self.examples = run.table_of("collect", "examples.parquet")
         self.explanations, self.tags = load_explanations(run.result("explain"))
-        self.scores = _rows(run, "score", "scores.parquet")
+        self.scores = run.table_of("score", "scores.parquet")
         self.records = {name: run.record(name) or {} for name in ("harvest", "train", "eval", "explain", "score")}
         self.activations = Activations(run.result("harvest"))
 
     @property
-    def sae_ids(self) -> list[str]:
-        return list(self.fidelity)
+    def curve(self) -> list[Row]:
+        """One row per SAE of the sweep: its fidelity, its concept contrast, and whether it was selected."""
+        selected = self.selection["selected"].values()
+        return [
+            {"sae_id": sae_id, "selected": sae_id in selected, **numbers, **self.selection["curve"][sae_id]}
+            for sae_id, numbers in self.fidelity.items()
+        ]
 
 
 def neuron_rows(facts: Any, taxonomy: Taxonomy) -> list[Row]:
@@ -147,13 +150,12 @@ def _saes(run: Run, facts: _Facts, folder: Path) -> None:
     """Every SAE of the sweep with its metrics, and the manifest that marks the selected ones."""
     trained, measured = run.result("train"), run.result("eval")
     saes = []
-    for sae_id in facts.sae_ids:
-        sae = sae_files.read(trained / sae_id)
-        target = folder / sae_id
-        sae.save(target, firing_rates(measured, sae_id))
-        metrics = {**facts.fidelity[sae_id], **_contrast(facts, sae_id)}
-        write_json(target / "metrics.json", {"definitions": DEFINITIONS, "metrics": metrics})
-        saes.append({"id": sae_id, "selected": sae_id in facts.selection["selected"].values(), **metrics})
+    for row in facts.curve:
+        sae_id = row["sae_id"]
+        sae_files.read(trained / sae_id).save(folder / sae_id, firing_rates(measured, sae_id))
+        metrics = {name: row[name] for name in (*facts.fidelity[sae_id], "i_cdf", "i_cdf_swapped", "l0_t")}
+        write_json(folder / sae_id / "metrics.json", {"definitions": DEFINITIONS, "metrics": metrics})
+        saes.append({"id": sae_id, "selected": row["selected"], **metrics})
     model, harvest = facts.recipe.model, facts.records["harvest"]
     write_json(
         folder / "config.json",
@@ -171,11 +173,6 @@ def _saes(run: Run, facts: _Facts, folder: Path) -> None:
     )
 
 
-def _contrast(facts: _Facts, sae_id: str) -> Row:
-    numbers = facts.selection["curve"][sae_id]
-    return {key: numbers[key] for key in ("i_cdf", "i_cdf_swapped", "l0_t")}
-
-
 def _neurons(facts: _Facts, rows: list[Row], folder: Path) -> None:
     _table(folder / "neurons/train.parquet", rows, _NEURON_SCHEMA)
     languages = list(dict.fromkeys(row["language"] for row in facts.explanations))
@@ -185,16 +182,10 @@ def _neurons(facts: _Facts, rows: list[Row], folder: Path) -> None:
     write_json(folder / "languages.json", languages)
     _table(folder / "scores/train.parquet", facts.scores)
     _table(folder / "quantiles/train.parquet", facts.statistics)
+    published = ("sae_id", "selected", "explained_variance", "l0", "dead", "ce_recovered", "i_cdf", "i_cdf_swapped")
     curve = [
-        {
-            "sae_id": sae_id,
-            "selected": sae_id in facts.selection["selected"].values(),
-            **{key: facts.fidelity[sae_id][key] for key in ("explained_variance", "l0", "dead", "ce_recovered")},
-            "i_cdf": facts.selection["curve"][sae_id]["i_cdf"],
-            "i_cdf_swapped": facts.selection["curve"][sae_id]["i_cdf_swapped"],
-            **{f"l0_t_{t}": value for t, value in facts.selection["curve"][sae_id]["l0_t"].items()},
-        }
-        for sae_id in facts.sae_ids
+        {**{name: row[name] for name in published}, **{f"l0_t_{t}": value for t, value in row["l0_t"].items()}}
+        for row in facts.curve
     ]
     _table(folder / "selection/train.parquet", curve)
 
@@ -223,14 +214,6 @@ def _table(path: Path, rows: list[Row], schema: pa.Schema | None = None) -> None
 def _layer(hook_point: str) -> int | None:
     numbers = [part for part in hook_point.split(".") if part.isdigit()]
     return int(numbers[0]) if numbers else None
-
-
-def _json(run: Run, stage: str, name: str) -> Any:
-    return json.loads((run.result(stage) / name).read_text(encoding="utf-8"))
-
-
-def _rows(run: Run, stage: str, name: str) -> list[Row]:
-    return pq.read_table(run.result(stage) / name).to_pylist()
 
 
 _NEURON_SCHEMA = pa.schema(

@@ -14,7 +14,6 @@ from safesail.assets import asset
 from safesail.metrics import DEFINITIONS
 from safesail.recipe import Recipe
 from safesail.release.summary import domain_table, markdown, sae_table, score_bands
-from safesail.run import Run
 from safesail.taxonomy import Taxonomy
 
 __all__ = ["card_facts", "md_cell", "render", "write_cards"]
@@ -23,9 +22,9 @@ Row = dict[str, Any]
 _KNOWN_LICENCES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"}
 
 
-def write_cards(run: Run, facts: Any, neurons: list[Row], taxonomy: Taxonomy, folder: Path) -> None:
+def write_cards(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonomy, folder: Path) -> None:
     """Write README.md into saes/, neurons/, examples/ and inspector/ below `folder`."""
-    known = card_facts(run.recipe, facts, neurons, taxonomy)
+    known = card_facts(recipe, facts, neurons, taxonomy)
     for part in ("saes", "neurons", "examples", "inspector"):
         front = FRONT_MATTER[part](known)
         text = render(f"{part}.md", front_matter=front, **known)
@@ -59,15 +58,6 @@ def md_cell(value: Any, longest: int = 160) -> str:
 
 def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonomy) -> dict[str, Any]:
     """Everything the templates may print, measured or declared."""
-    curve = [
-        {
-            "sae_id": sae_id,
-            "selected": sae_id in facts.selection["selected"].values(),
-            **facts.fidelity[sae_id],
-            **facts.selection["curve"][sae_id],
-        }
-        for sae_id in facts.sae_ids
-    ]
     first = next(iter(facts.selection["selected"]))
     organization = recipe.publish.organization or "your-organization"
     tokens_by_source = facts.records["harvest"]["tokens_by_source"]
@@ -75,20 +65,17 @@ def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonom
     return {
         "name": recipe.name,
         "title": recipe.publish.title or recipe.name,
-        "organization": organization,
         "repository": f"{organization}/{recipe.name}",
         "recipe": recipe,
         "base_model": recipe.model.name,
         "base_model_note": recipe.model.note,
         "version": __version__,
-        "hook_points": list(facts.selection["selected"]),
-        "selected": facts.selection["selected"],
         "example_hook_point": first,
         "example_sae_id": facts.selection["selected"][first],
         "example_k": facts.selection["curve"][facts.selection["selected"][first]]["k"],
         "d_in": facts.activations.facts["d_in"][first],
-        "sae_table": markdown(*sae_table(curve)),
-        "curve": curve,
+        "sae_table": markdown(*sae_table(facts.curve)),
+        "curve": facts.curve,
         "n_pairs": facts.selection["n_pairs"],
         "domain_table": markdown(*domain_table(neurons, list(taxonomy.domain_ids))),
         "score_table": markdown(["score", "neurons"], [[band, str(n)] for band, n in score_bands(neurons)]),
@@ -102,7 +89,6 @@ def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonom
         "tagger": neurons[0]["tagger"] if neurons else "",
         "n_tokens": facts.records["harvest"]["n_tokens"],
         "n_documents": facts.records["harvest"]["n_documents"],
-        "n_training_tokens": facts.records["train"]["n_training_tokens"],
         "n_ce_tokens": facts.records["eval"]["n_ce_tokens"],
         "n_explainer_tokens": sum(row["prompt_tokens"] + row["completion_tokens"] for row in facts.explanations),
         "cost_usd": _cost(facts.explanations + facts.scores),
@@ -110,7 +96,6 @@ def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonom
         "n_examples": len(facts.examples),
         "languages": list(dict.fromkeys(row["language"] for row in facts.explanations)),
         "definitions": DEFINITIONS,
-        "domains": [(domain.name, domain.description) for domain in taxonomy.domains],
         "missing_domains": [
             domain.name for domain in taxonomy.domains if not any(domain.id in row["domains"] for row in neurons)
         ],

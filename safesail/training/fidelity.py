@@ -25,6 +25,7 @@ from safesail.recipe import Recipe
 from safesail.run import StageWork, write_json
 from safesail.sae import model as sae_files
 from safesail.sae.model import Sae
+from safesail.sae.sparse import Codes
 from safesail.training.trainer import variants
 
 __all__ = ["cross_entropy", "eval_stage", "firing_rates", "reconstruct_counted"]
@@ -99,7 +100,7 @@ def _statistics(
         fired += torch.bincount(codes.indices[active], minlength=sae.config.d_sae)
         chosen = keep[rows] & held_out[rows]
         originals.append(block[chosen])
-        reconstructions.append(sae.decode_sparse(type(codes)(codes.values[chosen], codes.indices[chosen])))
+        reconstructions.append(sae.decode_sparse(Codes(codes.values[chosen], codes.indices[chosen])))
         n_active += int(active[chosen].sum())
         progress(len(block))
     x, x_hat = torch.cat(originals), torch.cat(reconstructions)

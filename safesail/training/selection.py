@@ -1,8 +1,7 @@
 """Which SAE of the sweep, and which of its latents, carry the safety concepts: decided before any money is spent.
 
 Reads the trained SAEs, their fidelity and the concept contrastive query pairs. Writes `selection.json` (the curve and
-the SAE chosen per hook point), `contrast.safetensors` (per selected SAE: which latent distinguishes which pair) and
-`candidates.json` (the safety-related latents, per hook point and domain).
+the SAE chosen per hook point) and `candidates.json` (the safety-related latents, per hook point and domain).
 
 For each category of the taxonomy, with its pairs (q_i⁺, q_i⁻) and A_j(q) the maximum of latent j over q's tokens:
     f_j = share of pairs with A_j(q_i⁺) > 0 and A_j(q_i⁻) = 0;   L_{0,t} = |{j: f_j > t}|;   I_CDF = mean_j f_j
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from safesail.errors import InputError
@@ -50,7 +48,7 @@ def select_stage(
     with bar("select", len(queries), "query") as progress:
         captured = query_activations(model, tokenizer, queries, hook_points, progress.update)
     specials = special_ids(tokenizer)
-    curve, kept, candidates = {}, {}, {}
+    curve, selected, candidates = {}, {}, {}
     for hook_point in hook_points:
         saes = {c.sae_id: sae_files.read(trained / c.sae_id) for c in variants(recipe, activations, hook_point)}
         maxima = {name: _maxima(sae, captured[hook_point], specials) for name, sae in saes.items()}
@@ -61,9 +59,9 @@ def select_stage(
                 **_short(fidelity[name]),
             }
         chosen = max(saes, key=lambda name: (curve[name]["i_cdf"], curve[name]["explained_variance"]))
-        kept[hook_point] = (chosen, maxima[chosen])
+        selected[hook_point] = chosen
         candidates[hook_point] = candidate_latents(*maxima[chosen], pairs, recipe.select)
-    _write(work, pairs, curve, kept, candidates)
+    _write(work, pairs, curve, selected, candidates)
 
 
 @torch.inference_mode()
@@ -164,13 +162,9 @@ def _short(fidelity: dict[str, Any]) -> dict[str, Any]:
     return {key: fidelity[key] for key in ("explained_variance", "l0", "dead", "ce_recovered")}
 
 
-def _write(work: StageWork, pairs: list[Pair], curve: Any, kept: Any, candidates: Any) -> None:
-    selected = {hook_point: chosen for hook_point, (chosen, _) in kept.items()}
+def _write(work: StageWork, pairs: list[Pair], curve: Any, selected: Any, candidates: Any) -> None:
     write_json(work.folder / "selection.json", {"selected": selected, "curve": curve, "n_pairs": len(pairs)})
     write_json(work.folder / "candidates.json", candidates)
-    tensors = {f"{hook_point}:with": maxima[0] for hook_point, (_, maxima) in kept.items()}
-    tensors |= {f"{hook_point}:without": maxima[1] for hook_point, (_, maxima) in kept.items()}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, work.folder / "contrast.safetensors")
     work.facts["selected"] = selected
     work.facts["n_candidates"] = {
         hook_point: {domain: len(rows) for domain, rows in found.items()} for hook_point, found in candidates.items()
