@@ -25,6 +25,7 @@ app.add_typer(pairs_app, name="pairs")
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print what it would take and whether it fits.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/demo.")]
 
 
@@ -46,6 +47,7 @@ def run(
     adopt: Annotated[
         bool, typer.Option("--adopt", help="Go on in a folder of another recipe, redoing what it changes.")
     ] = False,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -58,8 +60,33 @@ def run(
 
     loaded = Recipe.load(recipe, tuple(set_ or ()))
     _check_stage(until)
-    started = Run.create(out or Path("runs") / loaded.name, loaded, adopt=adopt)
-    _make(started, until, quiet, as_json)
+    folder = out or Path("runs") / loaded.name
+    if dry_run:
+        again = ["safesail", "run", str(recipe), *(["--out", str(out)] if out else [])]
+        again += ["--until", until] if until != "build" else []
+        again += ["--adopt"] if adopt else []
+        again += [part for setting in set_ or [] for part in ("--set", setting)]
+        _print_plan(Run(folder, loaded), until, as_json, again)
+        return
+    _make(Run.create(folder, loaded, adopt=adopt), until, quiet, as_json)
+
+
+def _planned_stage_command(name: str, what: str) -> None:
+    @app.command(name, help=f"{what}\n\nExample:  safesail {name} runs/demo --dry-run")
+    def stage(
+        folder: RunFolder,
+        force: Annotated[bool, typer.Option("--force", help="Make it anew even if it is done.")] = False,
+        dry_run: DryRun = False,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
+        from safesail.run import Run
+
+        if dry_run:
+            again = ["safesail", name, str(folder), *(["--force"] if force else [])]
+            _print_plan(Run.open(folder), name, as_json, again, force)
+        else:
+            _make(Run.open(folder), name, quiet, as_json, force)
 
 
 def _stage_command(name: str, what: str) -> None:
@@ -77,7 +104,11 @@ def _stage_command(name: str, what: str) -> None:
 
 for _name, _what in (
     ("harvest", "Read the texts and write the model's activations at the hook points."),
-    ("train", "Train the sweep of SAEs on the harvested activations."),
+    ("train", "Train the sweep of SAEs on the harvested activations, or on the fly."),
+):
+    _planned_stage_command(_name, _what)
+
+for _name, _what in (
     ("eval", "Measure every SAE's fidelity on held-out texts."),
     ("select", "Choose an SAE per hook point, and its safety-related latents."),
     ("collect", "Collect examples and activation statistics of the chosen latents."),
@@ -211,6 +242,21 @@ def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = F
         print(json.dumps(started.record(until)))
     elif until == "build":
         _print_release(started)
+
+
+def _print_plan(planned: Any, until: str, as_json: bool, again: list[str], force: bool = False) -> None:
+    """Print the plan of what is still to be made, by the first rank alone; exit status 2 if it cannot fit."""
+    from safesail.training.plan import next_line, plan_lines, plan_run, waiting
+
+    if planned.ledger.is_file():  # something may be done already
+        from safesail.pipeline import outside_inputs
+
+        planned.inputs = outside_inputs(planned.recipe)
+    plan = plan_run(planned.recipe, planned.folder, waiting(planned, until, force))
+    if os.environ.get("RANK", "0") == "0":
+        lines = [*plan_lines(plan), next_line(plan, again, planned.folder)]
+        print(json.dumps(plan.to_json()) if as_json else "\n".join(lines))
+    raise typer.Exit(0 if plan.fits else 2)
 
 
 def _print_release(started: Any) -> None:

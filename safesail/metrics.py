@@ -10,8 +10,7 @@ __all__ = [
     "DEFINITIONS",
     "Interval",
     "auroc",
-    "bootstrap_mean",
-    "ce_recovered",
+    "complement",
     "contrast",
     "distinguishing_frequency",
     "explained_variance",
@@ -21,14 +20,21 @@ __all__ = [
     "pearson",
     "pearson_interval",
     "quantiles_of_sparse",
+    "ratio_of_sums",
     "sign_test",
 ]
 
 DEFINITIONS = {
-    "explained_variance/v1": "1 - sum ||x - x_hat||^2 / sum ||x - mean x||^2, over held-out tokens",
+    "explained_variance/v1": "1 - sum ||x - x_hat||^2 / sum ||x - mean x||^2, over held-out tokens and with their mean",
+    "fvu/v1": "sum ||x - x_hat||^2 / sum ||x - mean x||^2 = 1 - explained_variance/v1",
+    "mse/v1": "mean of (x - x_hat)^2 over held-out tokens and dimensions, in squared units of the activations",
+    "cosine/v1": "mean over held-out tokens of the cosine of x and x_hat",
     "l0/v1": "mean number of latents above zero per held-out token",
     "dead/v1": "share of latents that fire on none of the harvested tokens",
+    "dense/v1": "share of latents that fire on more than 10 % of the harvested tokens",
     "ce_recovered/v1": "(CE with the output zeroed - CE with the SAE) / (CE with the output zeroed - CE unchanged); "
+    "tokens left out by the token policy keep their own activation",
+    "kl/v1": "mean over predicted held-out tokens of KL(p unchanged || p with the SAE), in nats; "
     "tokens left out by the token policy keep their own activation",
     "l0_t/v1": "number of latents whose distinguishing frequency f_j exceeds t, averaged over concept categories; "
     "f_j = share of pairs with max activation > 0 on the query with the concept and = 0 on the one without",
@@ -37,6 +43,9 @@ DEFINITIONS = {
     "i_cdf_swapped/v1": "i_cdf/v1 with the two queries of every pair swapped: what chance alone gives",
     "simulation/v1": "Pearson correlation of simulated and true segment activity over concatenated held-out texts",
 }
+
+
+_DRAWS_AT_ONCE = 1 << 21
 
 
 class Interval(NamedTuple):
@@ -57,9 +66,35 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> float:
     return float(1 - residual / total)
 
 
-def ce_recovered(clean: float, zeroed: float, spliced: float) -> float | None:
-    """The share of the cross entropy lost by zeroing that the SAE keeps; None where zeroing costs nothing."""
-    return (zeroed - spliced) / (zeroed - clean) if zeroed > clean else None
+def ratio_of_sums(numerators: Tensor, denominators: Tensor, *, n_resamples: int = 1000, seed: int = 0) -> Interval:
+    """sum(numerators) / sum(denominators) with a 95 % interval from resampling groups. Both: (n_groups,).
+
+    A mean over tokens is the ratio of the documents' sums to their numbers of tokens. Whole documents are drawn with
+    their numerator and denominator together, since the tokens of one document are not independent. The value is None
+    where the denominators' sum is not positive, the ends are where there is one group only; resamples without a
+    positive denominator are left out.
+    """
+    pairs = torch.stack([numerators.double(), denominators.double()])
+    above, below = pairs.sum(1).tolist()
+    if below <= 0:
+        return Interval(None, None, None)
+    n_groups = pairs.shape[1]
+    if n_groups < 2:
+        return Interval(above / below, None, None)
+    generator = torch.Generator().manual_seed(seed)
+    at_once = max(_DRAWS_AT_ONCE // n_groups, 1)
+    sums = []
+    for start in range(0, n_resamples, at_once):
+        drawn = torch.randint(n_groups, (min(at_once, n_resamples - start), n_groups), generator=generator)
+        sums.append(pairs[:, drawn].sum(-1))
+    resampled = torch.cat(sums, dim=1)
+    usable = resampled[1] > 0
+    return _with_quantiles(above / below, resampled[0, usable] / resampled[1, usable])
+
+
+def complement(interval: Interval) -> Interval:
+    """1 - x, its ends changing places."""
+    return Interval(*(None if x is None else 1 - x for x in (interval.value, interval.high, interval.low)))
 
 
 # --- concept contrast (Safe-SAIL; the formulas are our reading of its two sentences, see the docstrings) ----------
@@ -158,14 +193,6 @@ def pearson_interval(a: Tensor, b: Tensor, groups: Tensor, *, n_resamples: int =
     var = (counts @ (a * a) / total - mean_a**2).clamp(min=0) * (counts @ (b * b) / total - mean_b**2).clamp(min=0)
     samples = (cov / var.sqrt())[var > 1e-18].clamp(-1, 1)
     return _with_quantiles(value, samples)
-
-
-def bootstrap_mean(values: Tensor, *, n_resamples: int = 1000, seed: int = 0) -> Interval:
-    """The mean with a 95 % bootstrap interval. values: (n,)."""
-    if len(values) == 0:
-        return Interval(None, None, None)
-    counts = _resampled_counts(len(values), n_resamples, seed)
-    return _with_quantiles(float(values.double().mean()), counts @ values.double() / len(values))
 
 
 def auroc(scores: Tensor, truth: Tensor) -> float | None:

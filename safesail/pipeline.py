@@ -5,14 +5,16 @@ harvest → train → eval → select → collect → explain → score → buil
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from safesail.assets import asset
+from safesail.distributed import ALONE, device, ranks
 from safesail.errors import InputError
 from safesail.interpretation.collect import collect_stage
 from safesail.interpretation.explain import explain_stage
@@ -20,21 +22,26 @@ from safesail.interpretation.explain import load as load_explanations
 from safesail.interpretation.llm import EndpointBackend, Llm, LocalBackend
 from safesail.interpretation.prompts import prompts_fingerprint
 from safesail.interpretation.score import score_stage
-from safesail.lm.activations import Activations, harvest
+from safesail.lm.activations import Activations, harvest, remake
 from safesail.lm.corpus import gather, texts_fingerprint
 from safesail.lm.embed import SentenceEncoder
 from safesail.lm.generate import complete
 from safesail.lm.hooks import check_hook_points
 from safesail.lm.load import causal_lm, files_fingerprint, load_tokenizer, model_fingerprint, tokenizer_hash
-from safesail.lm.tokens import special_ids
+from safesail.lm.shards import damaged, read_facts
+from safesail.lm.stream import Stream
+from safesail.lm.tokens import role_codes, special_ids
+from safesail.lm.windows import Storage
 from safesail.pairs import load_pairs
-from safesail.progress import bar
+from safesail.progress import bar, quiet
 from safesail.recipe import ExplainSection, Recipe, ScoreSection
 from safesail.release.build import build_stage
 from safesail.run import STAGES, Run, StageWork
 from safesail.taxonomy import Taxonomy
 from safesail.training.fidelity import eval_stage
+from safesail.training.plan import refuse_what_cannot_fit
 from safesail.training.selection import select_stage
+from safesail.training.sources import Streamed
 from safesail.training.trainer import train_stage
 
 __all__ = ["Pipeline", "outside_inputs"]
@@ -60,16 +67,25 @@ class Pipeline:
     """Runs the stages of one run folder, loading the model and the texts only for stages that need them."""
 
     def __init__(self, run: Run, say: Callable[[str], None] = lambda line: None) -> None:
-        self.run, self.recipe, self.say = run, run.recipe, say
+        self.run, self.recipe, self.ranks = run, run.recipe, ranks()
+        self.say = say if self.ranks.first else lambda line: None
+        if not self.ranks.first:
+            quiet()
         if self.recipe.runtime.threads:
             torch.set_num_threads(self.recipe.runtime.threads)
         run.inputs = outside_inputs(run.recipe)
 
     def make(self, until: str = "build", force: bool = False) -> None:
-        """Make every stage up to `until` that is not done; `force` makes `until` itself anew."""
+        """Make every stage up to `until` that is not done; `force` makes `until` itself anew.
+
+        Of several ranks, those after the first return when only its stages are left.
+        """
         self._check_endpoints(until)
+        refuse_what_cannot_fit(self.run, until, force)
         with self.run.lock():
             for name in STAGES:
+                if not (STAGES[name].shared or self.ranks.first):
+                    return
                 if self.run.state(name) == "done" and not (force and name == until):
                     self.say(f"{name:8} done already")
                 else:
@@ -88,6 +104,10 @@ class Pipeline:
 
     def _make(self, name: str) -> None:
         started = time.monotonic()
+        if self.ranks.first and (changed := self.run.changed_inputs(name)):
+            self.say(f"{name:8} {_and(changed)} changed since it was made; making it anew")
+        if self.ranks.first and "harvest" in STAGES[name].after:
+            _ = self._activations  # checked, and mended where damaged, before another rank reads it
         with self.run.stage(name) as work:
             getattr(self, f"_{name}")(work)
         self.say(
@@ -98,7 +118,8 @@ class Pipeline:
 
     @cached_property
     def _model(self) -> Any:
-        model = causal_lm(self.recipe.model.path, revision=self.recipe.model.revision)
+        section, where = self.recipe.model, device(self.recipe.runtime.device)
+        model = causal_lm(section.path, revision=section.revision, dtype=getattr(torch, section.dtype), device=where)
         check_hook_points(model, self.recipe.harvest.hook_points)
         return model
 
@@ -116,7 +137,28 @@ class Pipeline:
 
     @cached_property
     def _activations(self) -> Activations:
-        return Activations(self.run.result("harvest"))
+        folder = self.run.result("harvest")
+        if self.ranks.first:
+            self._mend(folder)
+        return Activations(folder)
+
+    def _mend(self, folder: Path) -> None:
+        """Check the harvest's shards against their checksums and make the damaged ones again."""
+        n_bytes = sum(path.stat().st_size for path in folder.glob("shard-*.safetensors"))
+        with bar("check the harvest", n_bytes, "B") as progress:
+            numbers = damaged(folder, progress.update)
+        if not numbers:
+            return
+        named = f"shard{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+        self.say(f"harvest  {named} damaged or missing; making just {'them' if len(numbers) > 1 else 'it'} again")
+        rows = read_facts(folder)["rows_per_shard"]
+        with bar("harvest", sum(rows[i] for i in numbers), "token") as progress:
+            different = remake(self._model, folder, numbers, progress.update)
+        if different:
+            raise InputError(
+                f"{named} of {folder} cannot be made again just as before, so this is not the machine (or number of "
+                f"threads) the harvest was made with; type `safesail harvest {self.run.folder} --force`."
+            )
 
     def _statistics(self) -> dict[str, dict[str, Any]]:
         return {row["neuron_id"]: row for row in self.run.table_of("collect", "statistics.parquet")}
@@ -125,11 +167,12 @@ class Pipeline:
 
     def _harvest(self, work: StageWork) -> None:
         recipe, model = self.recipe, self._model
+        role_codes(recipe.tokens)
         with bar("corpus", recipe.corpus.n_tokens, "token") as progress:
             pieces = gather(recipe.corpus, self._taxonomy, self._tokenizer, recipe.seed, progress.update)
         n_tokens = sum(len(piece.ids) for piece in pieces)
         with bar("harvest", n_tokens, "token") as progress:
-            harvest(
+            facts = harvest(
                 model,
                 pieces,
                 recipe.harvest.hook_points,
@@ -137,7 +180,9 @@ class Pipeline:
                 specials=special_ids(self._tokenizer),
                 window=recipe.harvest.window,
                 windows_per_batch=recipe.runtime.windows_per_batch,
-                progress=progress.update,
+                storage=Storage(recipe.harvest.dtype, recipe.harvest.bad_activations),
+                ranks=self.ranks,
+                progress=lambda n: progress.update(n * self.ranks.size),  # the others are as fast
             )
         sources: dict[str, int] = {}
         for piece in pieces:
@@ -148,9 +193,26 @@ class Pipeline:
             "tokens_by_source": sources,
             "tokenizer_hash": tokenizer_hash(self._tokenizer),
         }
+        if facts["skipped"]:
+            work.facts["skipped"] = facts["skipped"]
+            self.say(f"harvest  {_skipped(facts['skipped'])}")
 
     def _train(self, work: StageWork) -> None:
-        train_stage(self.recipe, self._activations, work)
+        train_stage(self.recipe, self._activations, work, self._streamed(), self.ranks)
+
+    def _streamed(self) -> Streamed | None:
+        """The source of training activations that reads them on the fly, if the recipe asks for it."""
+        recipe = self.recipe
+        if recipe.train.stream_tokens is None:
+            return None
+        team = self.ranks if recipe.runtime.parallel == "data" else ALONE
+        facts = self._activations.facts
+
+        def rounds(hook_points: tuple[str, ...], first: int) -> Iterator[dict[str, Tensor]]:
+            stream = Stream(recipe, self._model, self._tokenizer, self._taxonomy, facts, hook_points, team)
+            return stream.rounds(first)
+
+        return Streamed(recipe, rounds, team)
 
     def _eval(self, work: StageWork) -> None:
         eval_stage(self.recipe, self._activations, self.run.result("train"), self._model, work)
@@ -254,6 +316,18 @@ def _spent(usage: dict[str, Any] | None, stage: str, run: Run) -> str:
     if usage["by_status"].get("failed"):
         line += f" (`safesail {stage} {run.folder} --force` asks the failed ones again)"
     return line
+
+
+def _and(inputs: list[str]) -> str:
+    """Outside inputs in words: `the model and the texts`."""
+    words = [{"encoder": "the sentence encoder", "space": "the Space"}.get(name, f"the {name}") for name in inputs]
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _skipped(skipped: dict[str, Any]) -> str:
+    """The activations that were left out because they could not be stored, in words."""
+    parts = [f"{facts['n_tokens']:,} tokens at {name} ({facts['documents'][0]}, …)" for name, facts in skipped.items()]
+    return f"left out for activations that cannot be stored: {', '.join(parts)}"
 
 
 def _files(folder: Path) -> list[Path]:

@@ -12,10 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from safesail.errors import InputError
 
-__all__ = ["Recipe", "Section", "Source", "TokenPolicy", "differences"]
+__all__ = ["Architecture", "Recipe", "Section", "Source", "TokenPolicy", "differences"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Coefficient = Annotated[float, Field(gt=0)]
+Architecture = Literal["relu", "topk", "batchtopk", "jumprelu", "matryoshka"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
@@ -32,6 +35,8 @@ class ModelSection(Section):
     base_model: str = ""
     """The Hub id that the cards name as the base model; `path` when empty."""
     revision: str | None = None
+    dtype: Dtype = "float32"
+    """What the weights are computed in; bfloat16 is for GPUs (on a CPU without bf16 units it is many times slower)."""
     licence: str = ""
     note: str = ""
     """A sentence for the cards on how the weights differ from `base_model`."""
@@ -49,6 +54,9 @@ class TokenPolicy(Section):
     """Leave out the tokenizer's special tokens."""
     sink_norm_multiple: float | None = Field(default=10.0, gt=1)
     """Leave out attention sinks: tokens whose activation norm exceeds this multiple of the hook point's median."""
+    roles: tuple[str, ...] = ()
+    """Of conversations, count only the tokens of these roles, as ["user", "assistant"]; empty: of all. Tokens of plain
+    texts have no role and always count."""
 
 
 class Source(Section):
@@ -57,6 +65,7 @@ class Source(Section):
     path: str
     weight: float = Field(default=1.0, gt=0)
     field: str = "text"
+    """The field that holds the text, or a conversation: a list of {role, content}, put through the chat template."""
     about: str | None = None
     """A domain of the taxonomy: keep only texts holding one of its words."""
     name: str | None = None
@@ -94,6 +103,10 @@ class HarvestSection(Section):
     hook_points: Annotated[tuple[str, ...], Field(min_length=1)]
     window: Count = 256
     """Pieces are packed into windows of this many tokens, kept apart by the attention mask."""
+    dtype: Dtype = "float16"
+    """What activations are stored in. float16 is exact to 0.05 % and ends at 65,504."""
+    bad_activations: Literal["stop", "skip"] = "stop"
+    """What to do with a token whose activation is not finite or not storable: stop, or leave the token out."""
 
     @model_validator(mode="after")
     def _unique(self) -> "HarvestSection":
@@ -103,28 +116,70 @@ class HarvestSection(Section):
 
 
 class TrainSection(Section):
-    """The sweep: one SAE per hook point and sparsity level, all from one harvest."""
+    """The sweep: per hook point one SAE for each architecture and each of its sparsity levels, from the same activations.
 
-    architecture: Literal["topk"] = "topk"
+    Inputs are scaled so that their mean norm is √d_in, so the settings below mean the same at every hook point.
+    """
+
+    architectures: Annotated[tuple[Architecture, ...], Field(min_length=1)] = ("topk",)
     d_sae: Count
-    k: Annotated[tuple[Count, ...], Field(min_length=1)]
+    k: tuple[Count, ...] = ()
+    """Active latents per token, for topk, batchtopk and matryoshka."""
+    l1: tuple[Coefficient, ...] = ()
+    """Sparsity coefficients for relu."""
+    l0: tuple[Coefficient, ...] = ()
+    """Sparsity coefficients for jumprelu."""
+    widths: tuple[Count, ...] = ()
+    """The nested dictionaries of matryoshka, ascending; d_sae is added. Empty: d_sae/16, /8, /4, /2 and d_sae."""
+    bandwidth: float = Field(default=1.0, gt=0)
+    """The width ε of jumprelu's gradient window around its threshold, in scaled pre-activations."""
+    stream_tokens: Count | None = None
+    """Train on so many tokens read on the fly; empty: on the harvested activations."""
+    buffer_tokens: Count = 262_144
+    """While streaming: tokens that are read, shuffled together and used up before the next ones are read."""
     epochs: Count = 1
     batch_size: Count = 2048
     learning_rate: float = Field(default=1e-3, gt=0)
     warmup: Fraction = 0.05
     decay: Fraction = 0.2
+    sparsity_warmup: Fraction = 0.25
+    """The share of the steps over which the sparsity coefficients of relu and jumprelu grow from zero."""
     dead_after_tokens: Count = 100_000
     """A latent that has not fired for so many training tokens is dead and joins the auxiliary loss."""
     aux_k: Count = 256
     aux_coefficient: float = Field(default=1 / 32, ge=0)
 
+    def levels(self, architecture: Architecture) -> tuple[float, ...]:
+        """The sparsity levels of an architecture: k, or the coefficients of its penalty."""
+        return {"relu": self.l1, "jumprelu": self.l0}.get(architecture, self.k)
+
+    @property
+    def nested_widths(self) -> tuple[int, ...]:
+        """The widths of matryoshka's dictionaries, ascending, the last one d_sae."""
+        given = self.widths or tuple(self.d_sae // n for n in (16, 8, 4, 2) if self.d_sae // n)
+        return tuple(sorted({*given, self.d_sae}))
+
     @model_validator(mode="after")
-    def _k_fits(self) -> "TrainSection":
-        if max(self.k) > self.d_sae:
+    def _sweep_is_whole(self) -> "TrainSection":
+        for architecture in self.architectures:
+            key = {"relu": "l1", "jumprelu": "l0"}.get(architecture, "k")
+            if not self.levels(architecture):
+                raise ValueError(f"architecture {architecture} needs {key}, as train.{key} = {_EXAMPLE[key]}")
+        for key in ("architectures", "k", "l1", "l0"):
+            if len(set(getattr(self, key))) < len(getattr(self, key)):
+                raise ValueError(f"{key} names one value twice")
+        if max(self.k, default=0) > self.d_sae:
             raise ValueError(f"k = {max(self.k)} exceeds d_sae = {self.d_sae}; a token cannot have more active latents")
-        if len(set(self.k)) < len(self.k):
-            raise ValueError("k names one sparsity level twice")
+        if max(self.widths, default=0) > self.d_sae:
+            raise ValueError(f"widths holds {max(self.widths)}, more than d_sae = {self.d_sae}")
+        if self.stream_tokens is not None and self.epochs > 1:
+            raise ValueError("epochs is for harvested activations; with stream_tokens every token is read once")
+        if self.stream_tokens is not None and self.buffer_tokens < self.batch_size:
+            raise ValueError(f"buffer_tokens = {self.buffer_tokens} does not fill a batch of {self.batch_size}")
         return self
+
+
+_EXAMPLE = {"k": "[32, 64]", "l1": "[0.1]", "l0": "[0.002]"}
 
 
 class EvalSection(Section):
@@ -211,6 +266,12 @@ class RuntimeSection(Section):
     """How and where, never what: no fingerprint contains these."""
 
     threads: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one."""
+    parallel: Literal["hook_points", "data"] = "hook_points"
+    """Under torchrun: every rank trains its own hook points, or all ranks train each SAE on shares of its batches."""
+    saes_at_once: Count | None = None
+    """Train at most so many SAEs of the sweep at a time (less memory, more passes over the activations)."""
     windows_per_batch: Count = 8
     checkpoint_seconds: float = 60
     base_url: str | None = None

@@ -8,28 +8,38 @@
 A stage works in `scratch/.<stage>.partial`, puts its record into that folder and renames it: a result and its record
 appear together or not at all. A stage is *done* when its record's fingerprint equals the fingerprint that the recipe
 and the stages before it now give, *stale* when it differs, else *missing*.
+
+Under torchrun, all ranks work on the stages that are `shared`, and the first rank alone on the others; only the first
+rank makes, marks and renames folders, holds the lock and writes the ledger. A rank that fails ends with an error, and
+torchrun then ends the others, which may be waiting for it; what is finished is kept.
 """
 
 import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safesail.errors import InputError
+from safesail.files import replacing
 from safesail.recipe import Recipe, differences
 from safesail.repository import read_table
+
+if TYPE_CHECKING:
+    from safesail.distributed import Ranks
 
 __all__ = ["PARTS", "STAGES", "Run", "Stage", "StageWork", "dependents", "fingerprint", "write_json"]
 
 SCHEMA = 1
 PARTS = ("saes", "neurons", "examples", "inspector")
+_MARK = "fingerprint"
+"""The file that says whose work a partial folder holds."""
 
 
 class Stage(NamedTuple):
@@ -40,13 +50,15 @@ class Stage(NamedTuple):
     after: tuple[str, ...]
     inputs: tuple[str, ...] = ()
     """Names of outside inputs (the model, the texts) whose fingerprints the pipeline supplies."""
+    shared: bool = False
+    """Whether all ranks of torchrun work on it together."""
 
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("harvest", ("seed", "model", "tokens", "corpus", "harvest"), (), ("model", "texts", "taxonomy")),
-        Stage("train", ("seed", "train"), ("harvest",)),
+        Stage("harvest", ("seed", "model", "tokens", "corpus", "harvest"), (), ("model", "texts", "taxonomy"), True),
+        Stage("train", ("seed", "train"), ("harvest",), (), True),
         Stage("eval", ("eval",), ("harvest", "train")),
         Stage("select", ("select",), ("train", "eval"), ("pairs",)),
         Stage("collect", ("seed", "collect"), ("harvest", "select")),
@@ -78,18 +90,23 @@ class Run:
     def create(cls, folder: str | Path, recipe: Recipe, *, adopt: bool = False) -> "Run":
         """Start a run in `folder`, or go on with the one there; another recipe's folder is refused unless `adopt`."""
         run = cls(Path(folder), recipe)
-        if run.ledger.is_file():
-            changes = differences(_read_ledger(run.ledger)["recipe"], recipe.dump())
+        if run.ranks.first:
+            run._start(adopt)
+        run.ranks.wait()
+        return run
+
+    def _start(self, adopt: bool) -> None:
+        if self.ledger.is_file():
+            changes = differences(_read_ledger(self.ledger)["recipe"], self.recipe.dump())
             if changes and not adopt:
                 raise InputError(
-                    f"{folder} was made with another recipe: {'; '.join(changes)}. Give another folder with --out, "
-                    "or add --adopt to keep what still holds and make the rest anew."
+                    f"{self.folder} was made with another recipe: {'; '.join(changes)}. Give another folder "
+                    "with --out, or add --adopt to keep what still holds and make the rest anew."
                 )
-        elif run.folder.is_dir() and any(run.folder.iterdir()):
-            raise InputError(f"{folder} is not empty and has no run.json; give another folder with --out.")
-        (run.folder / "scratch").mkdir(parents=True, exist_ok=True)
-        run.write_ledger()
-        return run
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder} is not empty and has no run.json; give another folder with --out.")
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self.write_ledger()
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
@@ -100,6 +117,13 @@ class Run:
                 f"{folder} has no run.json, so it is not a run; type `safesail run RECIPE --out {folder}`."
             )
         return cls(Path(folder), Recipe.parse(_read_ledger(path)["recipe"], str(path)))
+
+    @cached_property
+    def ranks(self) -> "Ranks":
+        """The ranks of torchrun; a single one without it."""
+        from safesail.distributed import ranks  # torch, which not every command needs
+
+        return ranks()
 
     @property
     def ledger(self) -> Path:
@@ -151,6 +175,15 @@ class Run:
             return "missing"
         return "done" if record["fingerprint"] == self.expected_fingerprint(stage) else "stale"
 
+    def changed_inputs(self, name: str) -> list[str]:
+        """The outside inputs of a stage that are not those of its result or of its unfinished work.
+
+        Records and marks made before inputs were kept in them name none.
+        """
+        known = [record.get("inputs", {}) for record in (self.record(name), _read_mark(self._partial(name))) if record]
+        now = self._inputs_of(name)
+        return [each for each in now if any(before.get(each, now[each]) != now[each] for before in known)]
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[StageWork]:
         """Work on a stage in its partial folder; on leaving without error the folder becomes the stage's result.
@@ -158,13 +191,38 @@ class Run:
         An earlier, interrupted attempt with the same fingerprint leaves its partial work in place to go on with; one
         with another fingerprint is removed.
         """
-        expected = self.expected_fingerprint(name)
-        partial = self._partial(name, expected)
-        work, started = StageWork(partial), time.monotonic()
+        alone = not STAGES[name].shared
+        if alone or self.ranks.first:
+            self._open(name)
+        if not alone:
+            self.ranks.wait()
+        work, started = StageWork(self._partial(name)), time.monotonic()
         yield work
-        record = {"stage": name, "fingerprint": expected, "seconds": round(time.monotonic() - started, 1), **work.facts}
-        write_json(partial / "stage.json", record)
-        (partial / "fingerprint").unlink()
+        if not alone:
+            self.ranks.wait()
+        if alone or self.ranks.first:
+            self._close(name, {"seconds": round(time.monotonic() - started, 1), **work.facts})
+        if not alone:
+            self.ranks.wait()
+
+    def _open(self, name: str) -> None:
+        """Make the partial folder ready: with the work of an attempt of the same fingerprint, else empty."""
+        partial, expected = self._partial(name), self.expected_fingerprint(name)
+        if _read_mark(partial).get("fingerprint") != expected:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_json(partial / _MARK, {"fingerprint": expected, "inputs": self._inputs_of(name)})
+
+    def _close(self, name: str, facts: dict[str, Any]) -> None:
+        """Put the record into the partial folder and make the folder the stage's result."""
+        partial = self._partial(name)
+        record: dict[str, Any] = {"stage": name, "fingerprint": self.expected_fingerprint(name)}
+        if inputs := self._inputs_of(name):
+            record["inputs"] = inputs
+        write_json(partial / "stage.json", record | facts)
+        for left in partial.rglob(".*.new"):  # by an attempt that was killed while it wrote
+            left.unlink()
+        (partial / _MARK).unlink()
         for later in dependents(name):  # made from what is replaced now
             (self.scratch / later / "stage.json").unlink(missing_ok=True)
         final = self.scratch / name
@@ -172,18 +230,18 @@ class Run:
         partial.rename(final)
         self.write_ledger()
 
-    def _partial(self, name: str, expected: str) -> Path:
-        partial = self.scratch / f".{name}.partial"
-        mark = partial / "fingerprint"
-        if not (mark.is_file() and mark.read_text() == expected):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            mark.write_text(expected)
-        return partial
+    def _partial(self, name: str) -> Path:
+        return self.scratch / f".{name}.partial"
+
+    def _inputs_of(self, name: str) -> dict[str, str]:
+        return {each: self.inputs[each] for each in STAGES[name].inputs if each in self.inputs}
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second process from working in the same folder."""
+        """Keep a second process from working in the same folder; the first rank holds it for all."""
+        if not self.ranks.first:
+            yield
+            return
         with open(self.scratch / "lock", "w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -213,14 +271,17 @@ def fingerprint(*values: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        json.dump(value, handle, indent=2, ensure_ascii=False)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.rename(path)
+    """Write JSON so that the file is either the old one or the whole new one, also after a crash or on a full disk."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with replacing(path, len(text)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _read_mark(partial: Path) -> dict[str, Any]:
+    """Whose work a partial folder holds: its fingerprint and inputs; nothing where there is no mark."""
+    mark = partial / _MARK
+    text = mark.read_text(encoding="utf-8") if mark.is_file() else "{}"
+    return json.loads(text) if text.startswith("{") else {"fingerprint": text}  # as it was before inputs were kept
 
 
 def _read_ledger(path: Path) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import jinja2
 import pytest
 
 from safesail.assets import asset
-from safesail.release.build import redacted
-from safesail.release.cards import _licence_of_texts, md_cell, render
-from safesail.release.summary import aligned, domain_table, markdown, sae_table, score_bands
+from safesail.release.build import flat_fidelity, redacted
+from safesail.release.cards import _latents_by_hand, _licence_of_texts, _sparsity_settings, md_cell, render
+from safesail.release.summary import aligned, curve_lines, domain_table, markdown, ordered, sae_table, score_bands
 from safesail.taxonomy import Taxonomy
+from safesail.training.fidelity import FIDELITY
 
 PARTS = ("saes", "neurons", "examples", "inspector")
 TAXONOMY = Taxonomy.load()
@@ -196,11 +197,124 @@ def test_a_score_on_an_edge_is_counted_once(score: float):
     assert sum(n for _, n in score_bands([{"score": score}])) == 1
 
 
-def test_an_undefined_ce_is_an_empty_cell():
-    row = {"sae_id": "a", "explained_variance": 0.5, "l0": 4.0, "dead": 0.01, "ce_recovered": None, "selected": True}
-    header, (cells,) = sae_table([row | {"i_cdf": 0.01, "i_cdf_swapped": 0.005}])
-    assert dict(zip(header, cells, strict=True))["CE recovered"] == ""
-    assert len(header) == len(cells)
+def sae_row(sae_id: str, architecture: str, l0: float, **numbers: Any) -> dict[str, Any]:
+    """A row of the `selection` table."""
+    row = {"sae_id": sae_id, "architecture": architecture, "selected": True, "k": 32, "l0": l0, "dead": 0.01}
+    row |= {"dense": 0.002, "kl": 0.1234, "i_cdf": 0.01, "i_cdf_swapped": 0.005, "fvu": 0.2}
+    row |= {"explained_variance": 0.8, "explained_variance_low": 0.79, "explained_variance_high": 0.8125}
+    return row | {"ce_recovered": 0.75, "ce_recovered_low": 0.5, "ce_recovered_high": 1.0} | numbers
+
+
+def test_a_row_of_the_sae_table_by_hand():
+    header, (cells,) = sae_table([sae_row("layers.9.mlp/topk-k4-w64", "topk", 4.0)])
+    assert dict(zip(header, cells, strict=True)) == {
+        "SAE": "layers.9.mlp/topk-k4-w64",
+        "EV": "0.800 [0.790, 0.812]",
+        "L0": "4.0",
+        "dead": "1.0 %",
+        "dense": "0.2 %",
+        "CE recovered": "75.0 % [50.0, 100.0]",
+        "KL": "0.123",
+        "I_CDF": "0.0100",
+        "swapped": "0.0050",
+        "selected": "yes",
+    }
+
+
+def test_an_undefined_ce_is_an_empty_cell_and_a_number_without_interval_stands_alone():
+    undefined = {"ce_recovered": None, "ce_recovered_low": None, "ce_recovered_high": None}
+    alone = {"explained_variance_low": None, "explained_variance_high": None}
+    header, (cells,) = sae_table([sae_row("a/b", "topk", 4.0, **undefined, **alone)])
+    found = dict(zip(header, cells, strict=True))
+    assert (found["EV"], found["CE recovered"]) == ("0.800", "")
+
+
+def test_the_table_of_the_longest_names_fits_a_terminal():
+    long = {f"ce_recovered{end}": -12.3456 for end in ("", "_low", "_high")}
+    long |= {f"explained_variance{end}": -12.3456 for end in ("", "_low", "_high")}
+    rows = [sae_row(f"layers.35.self_attn/{name}", "x", 12345.6, **long) for name in ("matryoshka-k200-w65536",)]
+    assert max(map(len, aligned(*sae_table(rows)).splitlines())) < 160
+
+
+SWEEP = [
+    sae_row("layers.9.mlp/topk-k32-w64", "topk", 31.5, fvu=0.2, i_cdf=0.02),
+    sae_row("layers.9.mlp/relu-c0.1-w64", "relu", 8.25, fvu=0.4, i_cdf=0.005),
+    sae_row("layers.9.mlp/topk-k8-w64", "topk", 8.0, fvu=0.25, i_cdf=0.0),
+    sae_row("layers.15.mlp/topk-k8-w64", "topk", 8.0, fvu=None, i_cdf=0.01),
+]
+
+
+def test_rows_are_ordered_by_hook_point_architecture_and_l0():
+    shown = ["topk-k8-w64", "topk-k32-w64", "relu-c0.1-w64", "topk-k8-w64"]
+    assert [row["sae_id"].partition("/")[2] for row in ordered(SWEEP)] == shown
+    assert [cells[0].partition("/")[2] for cells in sae_table(SWEEP)[1]] == shown
+    assert [row["sae_id"].partition("/")[0] for row in ordered(SWEEP)] == ["layers.9.mlp"] * 3 + ["layers.15.mlp"]
+
+
+def test_the_curve_by_hand():
+    """Bars are scaled to the largest FVU, 0.4, and the largest I_CDF, 0.02, of all rows: 20 characters."""
+    assert curve_lines(SWEEP) == [
+        "layers.9.mlp          L0  FVU                         I_CDF",
+        "  topk-k8-w64        8.0  0.250 ████████████▌         0.0000",
+        "  topk-k32-w64      31.5  0.200 ██████████            0.0200 ████████████████████",
+        "  relu-c0.1-w64      8.2  0.400 ████████████████████  0.0050 █████",
+        "layers.15.mlp         L0  FVU                         I_CDF",
+        "  topk-k8-w64        8.0                              0.0100 ██████████",
+    ]
+
+
+def test_a_curve_of_nothing_or_of_zeros_has_no_bars():
+    assert curve_lines([]) == []
+    _, line = curve_lines([sae_row("layers.9.mlp/relu-w64", "relu", 0.0, fvu=0.0, i_cdf=0.0)])
+    assert line.split() == ["relu-w64", "0.0", "0.000", "0.0000"]
+
+
+def test_intervals_stand_beside_their_numbers():
+    numbers = {"fvu": 0.2, "l0": 8.0, "ce_clean": 3.0, "intervals": {"fvu": [0.1, 0.3], "l0": [None, None]}}
+    assert list(flat_fidelity({**numbers, "definitions": {"fvu": "fvu/v1"}}).items()) == [
+        ("fvu", 0.2),
+        ("fvu_low", 0.1),
+        ("fvu_high", 0.3),
+        ("l0", 8.0),
+        ("l0_low", None),
+        ("l0_high", None),
+        ("ce_clean", 3.0),
+    ]
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "batchtopk", "jumprelu", "matryoshka"])
+def test_the_line_that_makes_latents_by_hand_makes_the_saes_latents(architecture: str, tmp_path: Path):
+    """The card's code on the tensors of a saved SAE of every architecture, against the SAE itself."""
+    import torch
+    from safetensors.torch import load_file
+
+    from safesail import Sae
+    from safesail.sae.config import SaeConfig
+
+    k = 3 if architecture in ("topk", "batchtopk", "matryoshka") else None
+    config = SaeConfig(d_in=4, d_sae=8, k=k, coefficient=None if k else 0.1, architecture=architecture, hook_point="h")
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((4, 8), 8, (8, 4), 4)]
+    threshold = torch.linspace(0, 0.7, 8) if config.has_threshold else None
+    sae = Sae(config, *weights, threshold=threshold)
+    sae.save(tmp_path)
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(2))
+    names: dict[str, Any] = {"w": load_file(tmp_path / "sae_weights.safetensors")}
+    w = names["w"]
+    names["a"] = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    exec(_latents_by_hand({"architecture": architecture, "k": k}), names)
+    if architecture == "topk":
+        names["latents"] = torch.zeros(20, 8).scatter_(1, names["indices"], names["values"])
+    torch.testing.assert_close(names["latents"], sae.encode(x))
+
+
+def test_what_a_variant_s_name_says_is_true_of_its_architecture():
+    sweep = [sae_row("a/b", name, 1.0) for name in ("topk", "batchtopk", "matryoshka")]
+    assert _sparsity_settings(sweep) == [
+        "topk `k32`: at most 32 active latents per token",
+        "batchtopk and matryoshka `k32`: 32 active latents per token on average in training "
+        "(L0 in the table: as measured)",
+    ]
+    assert _sparsity_settings([sae_row("a/b", "relu", 1.0)]) == ["relu `c0.1`: the coefficient of the L1 penalty"]
 
 
 def test_both_kinds_of_table_by_hand():
@@ -257,9 +371,9 @@ def test_the_results_in_the_front_matter_are_those_of_the_selected_saes(demo_run
     for result in results:
         key = result.metric_type.removesuffix("/v1")
         sae_id = result.metric_name.rpartition("(")[2].rstrip(")")
-        assert result.metric_value == pytest.approx(measured[sae_id][key], abs=1e-6)
+        assert result.metric_value == pytest.approx(measured[sae_id][key], rel=1e-5)
     found = {(result.metric_name.rpartition("(")[2].rstrip(")"), result.metric_type) for result in results}
-    keys = ("explained_variance", "ce_recovered", "l0", "i_cdf")
+    keys = (*FIDELITY, "i_cdf")
     assert found == {(i, f"{key}/v1") for i, sae in measured.items() for key in keys if sae[key] is not None}
 
 

@@ -15,7 +15,7 @@ from safesail.errors import InputError
 from safesail.lm.activations import Activations, harvest, packed_inputs
 from safesail.lm.corpus import Piece, gather, pack, texts_fingerprint
 from safesail.lm.embed import SentenceEncoder
-from safesail.lm.generate import chat_ids, complete, end_ids, stream
+from safesail.lm.generate import chat_prompt, complete, end_ids, stream
 from safesail.lm.hooks import capture, check_hook_points, replace, run_to_depth
 from safesail.lm.load import causal_lm, files_fingerprint, load_tokenizer, model_fingerprint, tokenizer_hash
 from safesail.lm.tokens import counted, spans, special_ids, token_bytes
@@ -366,7 +366,7 @@ def test_one_stopped_completion_does_not_stop_the_others(model: Any, tokenizer: 
 
 
 def test_a_greedy_stream_is_deterministic_and_right(model: Any, tokenizer: Any):
-    ids = chat_ids(tokenizer, [{"role": "user", "content": "hello"}])
+    ids, _ = chat_prompt(tokenizer, [{"role": "user", "content": "hello"}])
     answer = list(stream(model, ids, 15, set()))
     assert answer == list(stream(model, ids, 15, set(), seed=5)) == greedy_by_hand(model, ids, 15, set())
 
@@ -388,7 +388,7 @@ def test_a_stream_ends_with_the_end_token(model: Any):
 
 
 def test_the_chat_template_is_used_and_opens_the_answer(tokenizer: Any):
-    ids = chat_ids(tokenizer, [{"role": "user", "content": "hello"}])
+    ids, _ = chat_prompt(tokenizer, [{"role": "user", "content": "hello"}])
     text = "".join(unit.text for unit in spans(tokenizer, ids))
     assert text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
@@ -396,7 +396,7 @@ def test_the_chat_template_is_used_and_opens_the_answer(tokenizer: Any):
 def test_a_tokenizer_without_a_template_gets_the_plain_text(tiny_model: Path):
     tokenizer = load_tokenizer(str(tiny_model))
     tokenizer.chat_template = None
-    ids = chat_ids(tokenizer, [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}])
+    ids, _ = chat_prompt(tokenizer, [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}])
     assert "".join(unit.text for unit in spans(tokenizer, ids)) == "be kind\nhello"
 
 
@@ -643,7 +643,7 @@ def harvested(model: Any, pieces: list[Piece], folder: Path, **changes: Any) -> 
 @pytest.fixture(scope="module")
 def whole(model: Any, pieces: list[Piece], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("harvest")
-    assert len(harvested(model, pieces, folder)) == 2 + 4  # pieces, facts, and four shards of 64 windows
+    assert len(harvested(model, pieces, folder)) == 2 + 2 * 4  # pieces, facts, four shards with their checksums
     return folder
 
 

@@ -10,8 +10,6 @@ import torch
 from safesail.metrics import (
     DEFINITIONS,
     auroc,
-    bootstrap_mean,
-    ce_recovered,
     contrast,
     distinguishing_frequency,
     explained_variance,
@@ -21,6 +19,7 @@ from safesail.metrics import (
     pearson,
     pearson_interval,
     quantiles_of_sparse,
+    ratio_of_sums,
     sign_test,
 )
 
@@ -58,12 +57,14 @@ def test_explained_variance_pools_the_dimensions_instead_of_averaging_their_shar
     [(2.0, 6.0, 3.0, 0.75), (2.0, 6.0, 2.0, 1.0), (2.0, 6.0, 6.0, 0.0), (2.0, 6.0, 8.0, -0.5), (2.0, 6.0, 1.0, 1.25)],
 )
 def test_ce_recovered_by_hand(clean: float, zeroed: float, spliced: float, expected: float):
-    assert ce_recovered(clean, zeroed, spliced) == pytest.approx(expected)
+    """Of two documents with these losses: (CE0 - CE_SAE) / (CE0 - CE), as the eval stage computes it."""
+    clean_sums, zeroed_sums, spliced_sums = (torch.tensor([ce, 3 * ce]) for ce in (clean, zeroed, spliced))
+    assert ratio_of_sums(zeroed_sums - spliced_sums, zeroed_sums - clean_sums).value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("zeroed", [2.0, 1.5])
 def test_ce_recovered_is_undefined_where_zeroing_costs_nothing(zeroed: float):
-    assert ce_recovered(2.0, zeroed, 2.1) is None
+    assert ratio_of_sums(torch.tensor([zeroed - 2.1]), torch.tensor([zeroed - 2.0])).value is None
 
 
 # --- concept contrast ---------------------------------------------------------------------------------------------
@@ -266,14 +267,14 @@ def test_an_undefined_score_has_an_undefined_interval():
     assert (interval.value, interval.low, interval.high) == (None, None, None)
 
 
-def test_the_bootstrap_mean_contains_the_mean_and_is_undefined_for_nothing():
+def test_a_ratio_over_ones_is_the_mean_with_the_interval_of_a_mean():
     values = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0] * 4)
-    interval = bootstrap_mean(values)
+    interval = ratio_of_sums(values, torch.ones(20))
     assert interval.value == 2.0
     assert interval.low < 2.0 < interval.high
     # the standard error of the mean is sqrt(2 / 20) = 0.316; the interval spans about 2 · 1.96 of it
     assert interval.high - interval.low == pytest.approx(4 * 0.316, rel=0.15)
-    assert bootstrap_mean(torch.tensor([])) == (None, None, None)
+    assert ratio_of_sums(torch.tensor([]), torch.tensor([])) == (None, None, None)
 
 
 @pytest.mark.parametrize(

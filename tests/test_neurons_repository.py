@@ -10,13 +10,19 @@ import pytest
 import torch
 
 from safesail import NeuronDatabase, Sae
+from safesail.diagnosis.inspector import Inspection
 from safesail.errors import InputError
 from safesail.interpretation.collect import sparse_codes
 from safesail.lm.activations import Activations
+from safesail.lm.tokens import Span
+from safesail.metrics import DEFINITIONS
 from safesail.neurons import neuron_id, parse_neuron_id, strength
 from safesail.recipe import TokenPolicy
 from safesail.repository import Repository, part_of_release, read_table
+from safesail.run import Run
+from safesail.sae.sparse import Codes
 from safesail.taxonomy import Taxonomy
+from safesail.training.fidelity import FIDELITY
 
 CONFIGS = ("neurons", "explanations", "scores", "quantiles", "selection")
 HOOK_POINTS = ["layers.0.mlp", "layers.1.mlp"]
@@ -263,6 +269,43 @@ def test_the_manifest_marks_the_sae_that_carries_the_most_concepts(demo_run: Pat
         mine = {sae["id"]: sae for sae in manifest["saes"] if sae["id"].startswith(f"{hook_point}/")}
         assert mine[chosen]["i_cdf"] == max(sae["i_cdf"] for sae in mine.values())
         assert [name for name, sae in mine.items() if sae["selected"]] == [chosen]
+
+
+def test_every_sae_is_published_with_its_fidelity_and_intervals(demo_run: Path):
+    """The same numbers in metrics.json, the manifest and the `selection` table, which are those of fidelity.json."""
+    measured = Run.open(demo_run).json_of("eval", "fidelity.json")
+    manifest = {sae["id"]: sae for sae in Repository(str(demo_run / "saes")).json("config.json")["saes"]}
+    table = {row["sae_id"]: row for row in read_table(demo_run / "neurons/selection/train.parquet")}
+    assert set(measured) == set(manifest) == set(table)
+    for sae_id, numbers in measured.items():
+        metrics = Repository(str(demo_run / "saes")).json(f"{sae_id}/metrics.json")["metrics"]
+        for name in FIDELITY:
+            low, high = numbers["intervals"][name]
+            for place in (metrics, manifest[sae_id], table[sae_id]):
+                assert (place[name], place[f"{name}_low"], place[f"{name}_high"]) == (numbers[name], low, high)
+            assert numbers["definitions"][name] in DEFINITIONS
+            assert None in (numbers[name], low) or low - 1e-9 <= numbers[name] <= high + 1e-9
+        assert table[sae_id]["architecture"] == sae_id.rpartition("/")[2].partition("-")[0]
+
+
+# --- what fires on a token ----------------------------------------------------------------------------------------
+
+
+def test_tokens_may_have_different_numbers_of_active_latents():
+    """Ragged codes: the first token has two latents above zero and a zero, the second none, the third one."""
+    codes = Codes(torch.tensor([2.0, 0.0, 1.0, 5.0]), torch.tensor([1, 3, 0, 1]), torch.tensor([0, 3, 3, 4]))
+    inspection = Inspection(
+        ids=[5, 6, 7],
+        n_prompt=3,
+        units=[Span("a", 0, 1, False), Span("b", 1, 2, False), Span("c", 2, 3, False)],
+        codes={"layers.0.mlp": codes},
+        counted={"layers.0.mlp": torch.tensor([True, True, True])},
+        error={"layers.0.mlp": torch.zeros(3)},
+        left_out_roles=["", "", ""],
+        database=made_database(),
+    )
+    fired = [[(hit.latent, hit.activation) for hit in inspection.hits(i)] for i in range(3)]
+    assert fired == [[(1, 2.0), (0, 1.0)], [], [(1, 5.0)]]
 
 
 # --- repositories -------------------------------------------------------------------------------------------------

@@ -1,55 +1,127 @@
-"""The sparse kernels against dense autograd, and one SAE in training against its own equations."""
+"""Sparse arithmetic against dense autograd: which entries, their values, their gradients; the compiled top-k."""
 
-import json
-from pathlib import Path
+import math
+import threading
+from collections.abc import Callable
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safesail.errors import InputError
-from safesail.lm.activations import Activations
-from safesail.recipe import Recipe, TrainSection
-from safesail.run import StageWork
-from safesail.sae.config import SaeConfig
-from safesail.sae.sparse import Codes, decode, encode_topk, rows_by_latent, topk
-from safesail.training.step import SaeTrainer, generator
-from safesail.training.trainer import batches, train_stage, variants
+from safesail.sae import kernels
+from safesail.sae.sparse import Codes, above, decode, entries, jump, largest, topk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAN, INF = math.nan, math.inf
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def codes_of(values: list[float], indices: list[int], offsets: list[int]) -> Codes:
+    return Codes(torch.tensor(values), torch.tensor(indices).int(), torch.tensor(offsets).int())
+
+
 def dense_topk(pre: Tensor, k: int) -> Tensor:
-    """The same latents as a full matrix, by sorting each row."""
-    keep = pre >= pre.sort(dim=1, descending=True).values[:, k - 1 : k]
-    return torch.where(keep, pre, 0).clamp(min=0)
+    """The same entries as a full matrix, by sorting each row."""
+    return torch.where(pre >= pre.sort(dim=1, descending=True).values[:, k - 1 : k], pre, 0)
 
 
-# --- kernels ------------------------------------------------------------------------------------------------------
+# --- codes --------------------------------------------------------------------------------------------------------
 
 
-def test_topk_then_relu_by_hand():
+def three_tokens() -> Codes:
+    """Token 0 has latents 3 (2.0) and 0 (0.0), token 1 has none, token 2 has latent 3 (5.0) and 1 (1.0)."""
+    return codes_of([2.0, 0.0, 5.0, 1.0], [3, 0, 3, 1], [0, 2, 2, 4])
+
+
+def test_codes_as_a_matrix_by_hand():
+    assert three_tokens().dense(4).tolist() == [[0, 0, 0, 2], [0, 0, 0, 0], [0, 1, 0, 5]]
+
+
+def test_codes_of_one_token_by_hand():
+    codes = three_tokens()
+    assert codes.n_tokens == 3
+    assert [[part.tolist() for part in codes.of(i)] for i in range(3)] == [
+        [[2, 0], [3, 0]],
+        [[], []],
+        [[5, 1], [3, 1]],
+    ]
+    assert codes.tokens().tolist() == [0, 0, 2, 2]
+    assert codes.tokens().dtype == torch.int32
+
+
+def test_active_codes_by_hand():
+    active = three_tokens().active()
+    assert (active.values.tolist(), active.indices.tolist(), active.offsets.tolist()) == (
+        [2, 5, 1],
+        [3, 3, 1],
+        [0, 1, 1, 3],
+    )
+    assert active.offsets.dtype == active.indices.dtype == torch.int32
+
+
+def test_entries_by_latent_by_hand():
+    order = three_tokens().by_latent(5)
+    assert order.permutation.tolist() == [1, 3, 0, 2]  # latent 0, latent 1, then both of latent 3 in their order
+    assert order.tokens.tolist() == [0, 2, 0, 2]
+    assert order.offsets.tolist() == [0, 1, 2, 2, 4, 4]
+
+
+def test_other_values_keep_the_entries_and_their_order():
+    codes = three_tokens()
+    order = codes.by_latent(4)
+    other = codes.with_values(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert other.by_latent(4) is order
+    assert other.dense(4).tolist() == [[2, 0, 0, 1], [0, 0, 0, 0], [0, 4, 0, 3]]
+    assert codes.values.tolist() == [2, 0, 5, 1]
+    assert codes.active().by_latent(4) is not order
+
+
+def test_to_a_device_keeps_everything():
+    moved = three_tokens().to("cpu")
+    assert moved.dense(4).tolist() == three_tokens().dense(4).tolist()
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 3])
+def test_codes_without_any_entry(n_tokens: int):
+    codes = above(torch.full((n_tokens, 5), -1.0), 0.0)
+    assert codes.n_tokens == codes.active().n_tokens == n_tokens
+    assert codes.offsets.tolist() == codes.active().offsets.tolist() == [0] * (n_tokens + 1)
+    assert torch.equal(codes.dense(5), torch.zeros(n_tokens, 5))
+    assert codes.by_latent(5).offsets.tolist() == [0] * 6
+    assert torch.equal(decode(codes, torch.ones(5, 2)), torch.zeros(n_tokens, 2))
+
+
+def test_without_any_entry_the_gradients_are_zero():
+    leaves = [random(5, 2).requires_grad_(), torch.zeros(5).requires_grad_(), random(5, 2, seed=1).requires_grad_()]
+    encoder, b_enc, W_dec = leaves
+    codes = entries(above(torch.full((3, 5), -1.0), 0.0), random(3, 2), encoder, b_enc, None)
+    (decode(codes, W_dec) + 1).square().sum().backward()
+    assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves)
+
+
+# --- which entries ------------------------------------------------------------------------------------------------
+
+
+def test_topk_by_hand():
     pre = torch.tensor([[3.0, -1.0, 2.0, 1.0], [-4.0, -2.0, 0.5, -3.0], [-1.0, -2.0, -3.0, -4.0]])
-    dense = topk(pre, 2).dense(4)
-    assert dense.tolist() == [[3, 0, 2, 0], [0, 0, 0.5, 0], [0, 0, 0, 0]]
-    assert (dense > 0).sum(1).tolist() == [2, 1, 0]  # fewer than k where a negative one is among the largest
+    codes = topk(pre, 2)
+    assert codes.dense(4).tolist() == [[3, 0, 2, 0], [0, -2, 0.5, 0], [-1, -2, 0, 0]]
+    relu = codes.with_values(codes.values.relu())
+    assert relu.active().offsets.diff().tolist() == [2, 1, 0]  # fewer than k where a negative one is among the largest
+    assert pre.tolist()[0] == [3, -1, 2, 1]
 
 
-def test_topk_leaves_its_input_alone():
-    pre = torch.tensor([[3.0, -1.0]])
-    topk(pre, 2)
-    assert pre.tolist() == [[3.0, -1.0]]
-
-
-def test_of_equal_values_exactly_k_are_kept():
-    assert (topk(torch.ones(1, 10), 5).dense(10) > 0).sum() == 5
+@pytest.mark.parametrize("used", [False, True])
+def test_of_equal_values_exactly_k_are_kept(used: bool, fast: None):
+    kernels.use(used)
+    for pre in (torch.ones(3, 10), torch.zeros(3, 10), torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])):
+        codes = topk(pre, 3)
+        assert codes.offsets.diff().tolist() == [3] * len(pre)
+        assert all(len(set(codes.of(token)[1].tolist())) == 3 for token in range(len(pre)))
 
 
 @pytest.mark.parametrize("k", [1, 3, 16])
@@ -58,410 +130,318 @@ def test_topk_equals_sorting(k: int):
     assert torch.equal(topk(pre, k).dense(16), dense_topk(pre, k))
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.7, torch.linspace(-1, 1, 16)])
+def test_above_equals_comparing(threshold: Tensor | float):
+    pre = random(20, 16)
+    codes = above(pre, threshold)
+    assert torch.equal(codes.dense(16), torch.where(pre > threshold, pre, 0))
+    assert all(codes.of(i)[1].tolist() == (pre[i] > threshold).nonzero().flatten().tolist() for i in range(20))
+
+
+def test_a_pre_activation_at_the_threshold_is_not_above_it():
+    assert above(torch.tensor([[1.0, 2.0, 3.0]]), 2.0).indices.tolist() == [2]
+
+
+MATRICES: dict[str, Callable[[int, int], Tensor]] = {
+    "random": lambda n, d: random(n, d),
+    "ascending": lambda n, d: torch.arange(n * d).float().reshape(n, d),
+    "descending": lambda n, d: -torch.arange(n * d).float().reshape(n, d),
+    "constant": lambda n, d: torch.full((n, d), -2.5),
+    "many ties": lambda n, d: random(n, d).round(),
+    "one large value": lambda n, d: random(n, d).index_put(
+        (torch.tensor(n // 2), torch.tensor(d // 3)), torch.tensor(1e9)
+    ),
+    "one latent leads": lambda n, d: random(n, d) + 100 * (torch.arange(d) == 1),
+    "one token leads": lambda n, d: random(n, d) + 100 * (torch.arange(n) == n - 1)[:, None],
+}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 1), (40, 30), (300, 700), (512, 1024)])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_the_nth_largest_equals_sorting(kind: str, shape: tuple[int, int]):
+    """The two largest matrices are larger than the sample that is looked at first."""
+    pre = MATRICES[kind](*shape)
+    ordered = pre.flatten().sort(descending=True).values
+    for n in {1, max(len(ordered) // 1000, 1), max(len(ordered) // 64, 1), max(len(ordered) // 2, 1), len(ordered)}:
+        assert largest(pre, n) == ordered[n - 1], f"{kind} {shape}, n = {n}"
+
+
+def test_the_nth_largest_of_the_smallest_entries_is_found_where_the_sample_missed_them():
+    pre = torch.ones(300, 700)
+    pre[17, 3] = -1
+    assert [float(largest(pre, n)) for n in (1, 209_999, 210_000)] == [1, 1, -1]
+
+
+@pytest.mark.parametrize("value", [NAN, -INF])
+def test_the_nth_largest_of_values_that_are_not_numbers_ends(value: float):
+    found = float(largest(torch.full((8, 16), value), 20))
+    assert found == value or math.isnan(found)
+
+
+def test_the_nth_largest_over_two_ranks_is_that_of_the_whole():
+    """Two threads stand for two ranks; one holds nearly all of the largest."""
+    pre = random(200, 900)
+    pre[:100] += 2
+    barrier, parts = threading.Barrier(2, timeout=60), [torch.empty(0)] * 2
+
+    def gather(rank: int) -> Callable[[Tensor], Tensor]:
+        def join(part: Tensor) -> Tensor:
+            parts[rank] = part
+            barrier.wait()
+            joined = torch.cat(parts)
+            barrier.wait()
+            return joined
+
+        return join
+
+    for n in (1, 3000, 90_000, 179_990):
+        found: dict[int, float] = {}
+
+        def work(rank: int, n: int = n, found: dict[int, float] = found) -> None:
+            found[rank] = float(largest(pre[100 * rank : 100 * rank + 100], n, gather(rank)))
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected = float(pre.flatten().sort(descending=True).values[n - 1])
+        assert found == {0: expected, 1: expected}
+
+
+# --- values and gradients -----------------------------------------------------------------------------------------
+
+
+def test_decode_by_hand():
+    W_dec = torch.tensor([[10.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
+    codes = codes_of([2.0, 0.5, 1.0], [1, 0, 2], [0, 2, 2, 3])
+    assert decode(codes, W_dec).tolist() == [[5, 2], [0, 0], [3, 4]]
+
+
 @pytest.mark.parametrize("k", [1, 5])
 def test_decode_equals_the_dense_product(k: int):
     codes, W_dec = topk(random(30, 40, dtype=torch.float64), k), random(40, 6, seed=1, dtype=torch.float64)
     torch.testing.assert_close(decode(codes, W_dec), codes.dense(40) @ W_dec, rtol=0, atol=1e-12)
 
 
-def test_decode_by_hand():
-    codes = Codes(torch.tensor([[2.0, 0.5], [1.0, 0.0]]), torch.tensor([[1, 0], [2, 0]]))
-    W_dec = torch.tensor([[10.0, 0.0], [0.0, 1.0], [3.0, 4.0]])
-    assert decode(codes, W_dec).tolist() == [[5, 2], [3, 4]]
-
-
-def test_rows_by_latent_equals_index_add():
-    indices = torch.randint(12, (40, 5), generator=torch.Generator().manual_seed(0))  # latents repeat within a token
-    weights, rows = random(40, 5, dtype=torch.float64), random(40, 7, seed=1, dtype=torch.float64)
-    expected = torch.zeros(12, 7, dtype=torch.float64)
-    for n in range(40):
-        for i in range(5):
-            expected[indices[n, i]] += weights[n, i] * rows[n]
-    torch.testing.assert_close(rows_by_latent(indices, weights, rows, 12), expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-4)])
-@pytest.mark.parametrize("k", [1, 4, 24])
-def test_the_sparse_gradients_equal_dense_autograd(k: int, dtype: torch.dtype, tolerance: float):
-    """With k = d_sae = 24 about half of the kept entries are negative, so the ReLU's part is tested as well."""
-    x, target = random(50, 8, seed=9, dtype=dtype), random(50, 8, seed=8, dtype=dtype)
-
-    def gradients(dense: bool) -> list[Tensor]:
-        encoder, W_dec = random(24, 8, seed=1, dtype=dtype), random(24, 8, seed=2, dtype=dtype)
-        b_enc, b_dec = random(24, seed=3, dtype=dtype), random(8, seed=4, dtype=dtype)
-        leaves = [tensor.requires_grad_() for tensor in (encoder, b_enc, W_dec, b_dec)]
-        if dense:
-            x_hat = dense_topk((x - b_dec) @ encoder.T + b_enc, k) @ W_dec + b_dec
-        else:
-            x_hat = decode(encode_topk(x, encoder, b_enc, b_dec, k), W_dec) + b_dec
-        return list(torch.autograd.grad((x_hat - target).square().sum() / 50, leaves))
-
-    for sparse, dense in zip(gradients(dense=False), gradients(dense=True), strict=True):
-        assert dense.abs().max() > 0.1
-        torch.testing.assert_close(sparse, dense, rtol=0, atol=tolerance)
-
-
-def test_a_latent_outside_the_top_k_gets_no_gradient():
+def test_a_latent_that_is_not_chosen_gets_no_gradient():
     x, encoder = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]).requires_grad_()
-    codes = encode_topk(x, encoder, torch.zeros(3), torch.zeros(2), 1)
+    codes = entries(topk(x @ encoder.detach().T, 1), x, encoder, torch.zeros(3), None)
     codes.values.sum().backward()
+    assert encoder.grad is not None
     assert encoder.grad.tolist() == [[1, 0], [0, 0], [0, 0]]
 
 
-# --- one step -----------------------------------------------------------------------------------------------------
-
-
-def section(**changes: object) -> TrainSection:
-    settings = {"d_sae": 24, "k": [3], "batch_size": 32, "dead_after_tokens": 10**9, "aux_k": 8, "learning_rate": 1e-2}
-    return TrainSection.model_validate(settings | changes)
-
-
-def trainer_of(recipe_section: TrainSection, d_in: int = 8, k: int | None = None, n_steps: int = 40) -> SaeTrainer:
-    config = SaeConfig(d_in=d_in, d_sae=recipe_section.d_sae, k=k or recipe_section.k[0], hook_point="layers.0.mlp")
-    return SaeTrainer(config, recipe_section, random(d_in, seed=5) * 0.1, seed=0, n_steps=n_steps)
-
-
-def gradients_of_first_step(trainer: SaeTrainer) -> dict[str, Tensor]:
-    """What the optimizer was given in its first step: its first moment starts at 0.1 of it."""
-    return {name: trainer.optimizer.state[value]["exp_avg"] / 0.1 for name, value in trainer.parameters().items()}
-
-
-def with_dead(trainer: SaeTrainer, dead: slice) -> SaeTrainer:
-    """Make some latents dead: silent for long, and too weak to be among the k strongest."""
-    trainer.silent_for[dead] = 10**9 + 1
-    with torch.no_grad():
-        trainer.encoder[dead] *= 0.01
-    return trainer
-
-
-@pytest.mark.parametrize("n_dead", [0, 6, 14])
-def test_a_step_follows_the_gradient_of_the_documented_loss(n_dead: int):
-    """Dense autograd over ‖x − x̂‖² / ‖x − mean‖² + c · ‖e − ê‖² / ‖e‖², ê from the aux_k strongest dead latents."""
-    trainer = with_dead(trainer_of(section(aux_coefficient=0.5)), slice(0, n_dead))
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in trainer.parameters().items()}
-    encoder, b_enc, W_dec, b_dec = leaves.values()
-    x = random(32, 8, seed=7)
-
-    pre = (x - b_dec) @ encoder.T + b_enc
-    x_hat = dense_topk(pre, 3) @ W_dec + b_dec
-    loss = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
-    if n_dead:
-        e = (x - x_hat).detach()
-        pre_dead = ((x - b_dec.detach()) @ encoder.T + b_enc)[:, :n_dead]
-        e_hat = dense_topk(pre_dead, min(8, n_dead)) @ W_dec[:n_dead]
-        loss = loss + 0.5 * (e - e_hat).square().sum() / e.square().sum()
-    loss.backward()
-    with torch.no_grad():
-        W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-    torch.nn.utils.clip_grad_norm_(list(leaves.values()), 1.0)
-
-    facts = trainer.step(x)
-    assert facts.n_dead == n_dead
-    for name, gradient in gradients_of_first_step(trainer).items():
-        torch.testing.assert_close(gradient, leaves[name].grad, rtol=0, atol=1e-5)
-
-
-def test_dead_latents_get_a_gradient_in_the_encoder_as_well():
-    trainer = with_dead(trainer_of(section()), slice(0, 6))
-    trainer.step(random(32, 8))
-    gradients = gradients_of_first_step(trainer)
-    assert (gradients["encoder"][:6].norm(dim=1) > 0).all()
-    assert (gradients["W_dec"][:6].norm(dim=1) > 0).all()
-    assert (gradients["b_enc"][:6] != 0).all()
-
-
-def test_without_the_auxiliary_loss_dead_latents_get_none():
-    trainer = with_dead(trainer_of(section(aux_coefficient=0)), slice(0, 6))
-    trainer.step(random(32, 8))
-    assert gradients_of_first_step(trainer)["encoder"][:6].abs().max() == 0
-
-
-def test_decoder_rows_keep_unit_norm_and_their_gradient_has_no_parallel_part():
-    trainer = trainer_of(section())
-    before = trainer.W_dec.detach().clone()
-    trainer.step(random(32, 8))
-    gradient = gradients_of_first_step(trainer)["W_dec"]
-    assert gradient.norm() > 0.01
-    assert (gradient * before).sum(1).abs().max() < 1e-6
-    for i in range(10):
-        trainer.step(random(32, 8, seed=i))
-    assert not torch.allclose(trainer.W_dec, before, atol=1e-2)
-    torch.testing.assert_close(trainer.W_dec.norm(dim=1), torch.ones(24), rtol=0, atol=1e-6)
-
-
-def test_silence_is_counted_in_tokens_and_reset_by_firing():
-    trainer = trainer_of(section(d_sae=4, k=[1]), d_in=2)
-    with torch.no_grad():
-        trainer.encoder.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -0.001]]))
-        trainer.b_dec.zero_()
-    trainer.section = section(d_sae=4, k=[1], learning_rate=1e-9)
-    for x in ([[5.0, 0.0], [4.0, 1.0]], [[0.0, 3.0], [5.0, 0.0], [5.0, 1.0]]):
-        trainer.step(torch.tensor(x))
-    assert trainer.silent_for.tolist() == [0, 0, 5, 5]
-
-
-def test_a_kept_entry_that_the_relu_zeroes_has_not_fired():
-    trainer = trainer_of(section(d_sae=2, k=[2]), d_in=2)
-    with torch.no_grad():
-        trainer.encoder.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
-        trainer.b_dec.zero_()
-    trainer.step(torch.tensor([[5.0, 0.0], [4.0, 1.0]]))
-    assert trainer.silent_for.tolist() == [0, 2]
-
-
-def test_the_schedule_warms_up_stays_and_decays_by_hand():
-    trainer = trainer_of(section(warmup=0.2, decay=0.4), n_steps=10)
-    factors = []
-    for _ in range(10):
-        factors.append(trainer.schedule())
-        trainer.n_done += 1
-    assert factors == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
-
-
-def n_dead_of(coefficient: float, n_steps: int = 100) -> list[int]:
-    """The number of dead latents in every step; most latents start too weak to win any comparison."""
-    directions = torch.linalg.qr(random(16, 16, seed=1)).Q
-    settings = section(d_sae=32, k=[2], batch_size=64, dead_after_tokens=640, aux_coefficient=coefficient)
-    trainer = trainer_of(settings, d_in=16, n_steps=n_steps)
-    with torch.no_grad():
-        trainer.b_dec.zero_()
-        trainer.encoder[8:] *= 0.05
-    chance, n_dead = torch.Generator().manual_seed(0), []
-    for _ in range(n_steps):
-        weights = torch.rand(64, 16, generator=chance) * (torch.rand(64, 16, generator=chance) < 0.15)
-        n_dead.append(trainer.step(weights @ directions * 4).n_dead)
-    return n_dead
-
-
-def test_dead_latents_come_back():
-    revived, left_alone = n_dead_of(coefficient=1.0), n_dead_of(coefficient=0.0)
-    assert max(revived) == max(left_alone) == 22
-    assert min(revived[50:]) <= 3
-    assert min(left_alone[50:]) >= 9
-
-
-# --- the finished SAE ---------------------------------------------------------------------------------------------
-
-
-def test_the_finished_sae_on_raw_activations_equals_the_trained_one_on_scaled_ones():
-    trainer, scale, raw = trainer_of(section()), 3.7, random(40, 8, seed=2)
-    for i in range(5):
-        trainer.step(random(32, 8, seed=i) * scale)
-    latents = dense_topk((raw * scale - trainer.b_dec) @ trainer.encoder.T + trainer.b_enc, 3).detach()
-    x_hat = (latents @ trainer.W_dec + trainer.b_dec).detach()
-    sae = trainer.finish(scale)
-    assert (latents > 0).any()
-    torch.testing.assert_close(sae.encode(raw), latents / scale, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sae(raw), x_hat / scale, rtol=1e-4, atol=1e-5)
-
-
-def test_the_finished_sae_does_not_change_when_training_goes_on():
-    trainer = trainer_of(section())
-    trainer.step(random(32, 8))
-    sae = trainer.finish(2.0)
-    before = {name: value.clone() for name, value in sae.named_parameters()}
-    trainer.step(random(32, 8, seed=1))
-    assert all(torch.equal(value, before[name]) for name, value in sae.named_parameters())
-
-
-@pytest.mark.parametrize("k", [2, 3, 12])
-def test_the_finished_sae_forward_is_decode_of_encode_for_any_leading_dimensions(k: int):
-    sae = trainer_of(section(), k=k).finish(1.0)
-    x = random(2, 5, 3, 8)
-    latents = sae.encode(x)
-    assert latents.shape == (2, 5, 3, 24)
-    assert int((latents > 0).sum(-1).max()) <= k
-    torch.testing.assert_close(sae(x), sae.decode(latents), rtol=0, atol=1e-6)
-    torch.testing.assert_close(latents[1, 4, 2], sae.encode(x[1, 4, 2]), rtol=0, atol=1e-6)
-
-
-# --- state and sweep ----------------------------------------------------------------------------------------------
-
-
-def test_going_on_from_a_state_is_bit_identical():
-    straight, first, second = (with_dead(trainer_of(section(aux_coefficient=0.5)), slice(0, 4)) for _ in range(3))
-    with torch.no_grad():
-        for trainer in (straight, first):
-            trainer.W_dec[0] *= -1  # so that `second` could not be right by its own start
-    xs = [random(32, 8, seed=i) for i in range(20)]
-    n_dead = [straight.step(x).n_dead for x in xs]
-    for x in xs[:9]:
-        first.step(x)
-    second.load_state({name: value.clone() for name, value in first.state().items()})
-    for x in xs[9:]:
-        second.step(x)
-    assert straight.state().keys() == second.state().keys()
-    assert all(torch.equal(value, second.state()[name]) for name, value in straight.state().items())
-    assert n_dead[0] == 4  # the auxiliary loss was part of it
-
-
-@pytest.fixture(scope="module")
-def harvest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 pieces of 20 tokens at two hook points; every tenth piece is held out, every 50th token special."""
-    folder, n = tmp_path_factory.mktemp("harvest"), 1200
-    hook_points = {"layers.0.mlp": 8, "layers.1.mlp": 6}
-    tensors = {"token_ids": torch.arange(n).int() % 50 + 5}
-    for seed, (name, d_in) in enumerate(hook_points.items()):
-        x = random(n, d_in, seed=seed) @ random(d_in, d_in, seed=seed + 10) + 1
-        tensors[name], tensors[f"{name}:norm"] = x.half(), x.norm(dim=1)
-    for number, rows in enumerate((slice(0, 700), slice(700, n))):
-        part = {name: value[rows].contiguous() for name, value in tensors.items()}
-        save_file(part, folder / f"shard-{number:05d}.safetensors")
-    pieces = {
-        "document": [f"d{i}" for i in range(60)],
-        "source": ["made"] * 60,
-        "held_out": [i % 10 == 0 for i in range(60)],
-        "half": ["explain"] * 60,
-        "row_start": [20 * i for i in range(60)],
-        "ids": tensors["token_ids"].reshape(60, 20).tolist(),
-    }
-    pq.write_table(pa.table(pieces), folder / "pieces.parquet")
-    facts = {
-        "hook_points": list(hook_points),
-        "d_in": hook_points,
-        "median_norm": {name: float(tensors[f"{name}:norm"].median()) for name in hook_points},
-        "special_ids": [5],
-        "rows_per_shard": [700, 500],
-        "n_tokens": n,
-        "n_pieces": 60,
-        "window": 128,
-    }
-    (folder / "harvest.json").write_text(json.dumps(facts))
-    return folder
-
-
-def recipe_of(**train: object) -> Recipe:
-    return Recipe.parse(
-        {
-            "name": "made",
-            "model": {"path": "none"},
-            "corpus": {"n_tokens": 1200, "n_held_out_tokens": 120, "sources": [{"path": "none.jsonl"}]},
-            "harvest": {"hook_points": ["layers.0.mlp", "layers.1.mlp"]},
-            "train": {"d_sae": 24, "k": [2, 3, 4], "epochs": 2, "batch_size": 100, "dead_after_tokens": 300} | train,
-            "explain": {"encoder": "none"},
-            "runtime": {"checkpoint_seconds": 0},
-        }
-    )
-
-
-def weights_of(recipe: Recipe, harvest: Path, folder: Path) -> dict[str, bytes]:
-    """{sae_id: its weight file} after the train stage."""
-    folder.mkdir(exist_ok=True)
-    activations = Activations(harvest)
-    train_stage(recipe, activations, StageWork(folder))
-    configs = [config for name in activations.hook_points for config in variants(recipe, activations, name)]
-    return {c.sae_id: (folder / c.sae_id / "sae_weights.safetensors").read_bytes() for c in configs}
-
-
-@pytest.fixture(scope="module")
-def sweep(harvest: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    torch.set_num_threads(1)
-    return weights_of(recipe_of(), harvest, tmp_path_factory.mktemp("sweep"))
-
-
-@pytest.mark.parametrize("k", [2, 3, 4])
-def test_the_sweep_trains_every_sae_as_if_it_were_alone(sweep, harvest: Path, tmp_path: Path, k: int):
-    alone = weights_of(recipe_of(k=[k]), harvest, tmp_path)
-    assert len(alone) == 2
-    assert all(sweep[sae_id] == weights for sae_id, weights in alone.items())
-
-
-def test_the_saes_of_a_sweep_differ(sweep: dict[str, bytes]):
-    assert len(set(sweep.values())) == len(sweep) == 6
-
-
-class PowerCut(Exception):
-    """What ends a stage from outside."""
-
-
-class Interrupted(Activations):
-    """A harvest whose rows can be read a few times only."""
-
-    def __init__(self, folder: Path, n_reads: int) -> None:
-        super().__init__(folder)
-        self.n_reads = n_reads
-
-    def rows(self, hook_point: str, indices: Tensor) -> Tensor:
-        self.n_reads -= 1
-        if self.n_reads < 0:
-            raise PowerCut
-        return super().rows(hook_point, indices)
-
-
-@pytest.mark.parametrize("n_reads", [1, 7, 12, 22, 24, 40])
-def test_an_interrupted_sweep_goes_on_to_the_same_bytes(sweep, harvest: Path, tmp_path: Path, n_reads: int):
-    """1,062 rows give 10 batches an epoch, so a hook point reads once for the mean and 20 times for its steps."""
-    with pytest.raises(PowerCut):
-        train_stage(recipe_of(), Interrupted(harvest, n_reads), StageWork(tmp_path))
-    resumed = Interrupted(harvest, 42)
-    train_stage(recipe_of(), resumed, StageWork(tmp_path))
-    steps_redone = 42 - resumed.n_reads
-    assert steps_redone <= 42 - n_reads + 2  # the means are read again, the steps are not taken again
-    assert all((tmp_path / i / "sae_weights.safetensors").read_bytes() == weights for i, weights in sweep.items())
-    assert not (tmp_path / "checkpoint.safetensors").exists()
-
-
-def test_held_out_and_special_rows_are_never_trained_on(harvest: Path, tmp_path: Path):
-    seen: list[Tensor] = []
-
-    class Watched(Activations):
-        def rows(self, hook_point: str, indices: Tensor) -> Tensor:
-            seen.append(indices)
-            return super().rows(hook_point, indices)
-
-    train_stage(recipe_of(k=[2], epochs=1), Watched(harvest), StageWork(tmp_path))
-    rows = torch.cat(seen).unique()
-    assert not (rows // 20 % 10 == 0).any()  # the held-out pieces
-    assert not (rows % 50 == 0).any()  # the special tokens
-    assert len(rows) == 1200 - 120 - 24 + 6
-
-
-def test_every_epoch_visits_the_rows_in_an_order_of_its_own():
-    rows = torch.arange(1000, 1023)
-    steps = list(batches(rows, recipe_of(batch_size=10, epochs=3), "layers.0.mlp", 0))
-    assert [len(step) for step in steps] == [10] * 6  # two whole batches of 23 rows, thrice
-    epochs = [torch.cat(steps[i : i + 2]) for i in (0, 2, 4)]
-    assert all(len(epoch.unique()) == 20 for epoch in epochs)
-    assert all(torch.isin(epoch, rows).all() for epoch in epochs)
-    assert not torch.equal(epochs[0], epochs[1])
-    for start in range(7):
-        resumed = list(batches(rows, recipe_of(batch_size=10, epochs=3), "layers.0.mlp", start))
-        assert all(torch.equal(a, b) for a, b in zip(resumed, steps[start:], strict=True))
-
-
-def test_a_generator_depends_on_seed_and_purpose_alone():
-    draw = torch.rand(3, generator=generator(0, "epoch", 1))
-    torch.rand(5)
-    assert torch.equal(torch.rand(3, generator=generator(0, "epoch", 1)), draw)
-    others = [generator(1, "epoch", 1), generator(0, "epoch", 2), generator(0, "mean", 1)]
-    assert not any(torch.equal(torch.rand(3, generator=other), draw) for other in others)
-
-
-def test_too_few_tokens_for_a_batch_name_both_numbers(harvest: Path, tmp_path: Path):
-    with pytest.raises(InputError, match=r"1,062 training tokens at layers\.0\.mlp .* batch of 5,000"):
-        train_stage(recipe_of(batch_size=5000), Activations(harvest), StageWork(tmp_path))
-
-
-def test_a_loss_that_is_not_finite_stops_with_the_sae_named(harvest: Path, tmp_path: Path):
-    class Broken(Activations):
-        def rows(self, hook_point: str, indices: Tensor) -> Tensor:
-            return super().rows(hook_point, indices) * (float("nan") if len(indices) == 100 else 1)
-
-    with pytest.raises(InputError, match=r"loss of layers\.0\.mlp/topk-k2-w24 is nan at step 1"):
-        train_stage(recipe_of(), Broken(harvest), StageWork(tmp_path))
-
-
-def test_the_sweep_lowers_the_loss_it_logs(harvest: Path, tmp_path: Path):
-    train_stage(recipe_of(epochs=12, learning_rate=1e-2), Activations(harvest), StageWork(tmp_path))
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    mine = [line["fvu"] for line in lines if line["sae"] == "layers.0.mlp/topk-k4-w24"]
-    assert len(mine) == 3  # steps 50, 100 and the last, 120
-    assert mine[-1] < mine[0] < 1
-
-
-def test_the_trained_weights_are_named_shaped_and_typed_as_saelens_expects(harvest: Path, tmp_path: Path):
-    train_stage(recipe_of(k=[2]), Activations(harvest), StageWork(tmp_path))
-    weights = load_file(tmp_path / "layers.0.mlp/topk-k2-w24/sae_weights.safetensors")
-    shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    assert shapes == {"W_enc": (8, 24), "b_enc": (24,), "W_dec": (24, 8), "b_dec": (8,)}
-    assert all(value.dtype == torch.float32 for value in weights.values())
+EPSILON = 0.8
+
+
+def dense_jump(pre: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """a·H(a − θ) and H(a − θ) with the gradients of the paper: autograd sees them as linear in θ."""
+    step, near = (pre > threshold).to(pre.dtype), ((pre - threshold).abs() < EPSILON / 2).to(pre.dtype)
+    moved = near / EPSILON * (threshold - threshold.detach())
+    return pre * step - threshold.detach() * moved, step - moved
+
+
+# {path: (the chosen entries, the same as a dense mask)}; the last two hold entries that the ReLU or H sets to zero
+PATHS: dict[str, tuple[Callable[[Tensor, Tensor], Codes], Callable[[Tensor, Tensor], Tensor]]] = {
+    "topk 1": (lambda a, _: topk(a, 1), lambda a, _: a == a.max(1, keepdim=True).values),
+    "topk 4": (lambda a, _: topk(a, 4), lambda a, _: dense_topk(a, 4) != 0),
+    "relu": (lambda a, _: above(a, 0.0), lambda a, _: a > 0),
+    "batchtopk": (
+        lambda a, _: above(a, largest(a, 151)),
+        lambda a, _: a > a.flatten().sort(descending=True).values[150],
+    ),
+    "topk of all": (lambda a, _: topk(a, 24), lambda a, _: torch.ones_like(a, dtype=torch.bool)),
+    "jumprelu": (lambda a, t: above(a, t - EPSILON / 2), lambda a, t: torch.ones_like(a, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 5e-4)])
+def test_values_and_gradients_equal_dense_autograd(path: str, dtype: torch.dtype, tolerance: float):
+    """The loss decodes the same entries twice, with other values, and counts them, so that their order is used again."""
+    x, target = random(50, 8, seed=9, dtype=dtype), random(50, 8, seed=8, dtype=dtype)
+    choose, mask = PATHS[path]
+
+    def loss_and_gradients(dense: bool) -> list[Tensor]:
+        tensors = [
+            random(24, 8, seed=1, dtype=dtype),
+            random(24, seed=3, dtype=dtype),
+            random(24, 8, seed=2, dtype=dtype),
+        ]
+        tensors += [random(8, seed=4, dtype=dtype), random(24, seed=5, dtype=dtype).abs()]
+        encoder, b_enc, W_dec, b_dec, threshold = leaves = [tensor.requires_grad_() for tensor in tensors]
+        centred = x - b_dec
+        with torch.no_grad():
+            pre = centred @ encoder.T + b_enc
+        if dense:
+            a = torch.where(mask(pre, threshold), centred @ encoder.T + b_enc, 0)
+            z, count = dense_jump(a, threshold) if path == "jumprelu" else (a.relu(), a.relu().sqrt())
+            first, second = z @ W_dec, z.square() @ W_dec
+        else:
+            codes = entries(choose(pre, threshold), centred.detach(), encoder, b_enc, b_dec)
+            if path == "jumprelu":
+                z, count = jump(codes.values, threshold[codes.indices.long()], EPSILON)
+            else:
+                z, count = codes.values.relu(), codes.values.relu().sqrt()
+            first, second = (decode(codes.with_values(values), W_dec) for values in (z, z.square()))
+        count = count[count > 0] if path != "jumprelu" else count  # √ has no gradient at 0
+        loss = ((first + b_dec - target).square().sum() + (second - target).square().sum()) / 500 + 0.1 * count.sum()
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=path != "jumprelu")
+        return [loss, *(gradient for gradient in gradients if gradient is not None)]
+
+    sparse, dense = loss_and_gradients(dense=False), loss_and_gradients(dense=True)
+    assert len(sparse) == len(dense) == (6 if path == "jumprelu" else 5)
+    for mine, expected in zip(sparse, dense, strict=True):
+        assert expected.abs().max() > 0.1
+        torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance)
+
+
+# --- JumpReLU -----------------------------------------------------------------------------------------------------
+
+
+def test_jumprelu_by_hand():
+    a = torch.tensor([1.0, 2.5, 2.0, 4.0]).requires_grad_()
+    threshold = torch.full((4,), 2.0).requires_grad_()
+    z, step = jump(a, threshold, bandwidth=2.0)
+    assert (z.tolist(), step.tolist()) == ([0, 2.5, 0, 4], [0, 1, 0, 1])
+    to_a, to_threshold = torch.autograd.grad(z.sum(), (a, threshold), retain_graph=True)
+    assert (to_a.tolist(), to_threshold.tolist()) == ([0, 1, 0, 1], [0, -1, -1, 0])  # −θ/ε where 1 < a < 3
+    to_a, to_threshold = torch.autograd.grad(step.sum(), (a, threshold))
+    assert (to_a.tolist(), to_threshold.tolist()) == ([0, 0, 0, 0], [0, -0.5, -0.5, 0])  # −1/ε; nothing to a
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.5, 2.0])
+def test_the_gradient_of_the_count_is_its_finite_difference(epsilon: float):
+    """With N(θ) entries above θ, the summed gradient is exactly [N(θ + ε/2) − N(θ − ε/2)] / ε."""
+    a, theta = random(5000, seed=3, dtype=torch.float64), 0.7
+    threshold = torch.tensor(theta, dtype=torch.float64).requires_grad_()
+    _, step = jump(a, threshold.expand(5000), epsilon)
+    (gradient,) = torch.autograd.grad(step.sum(), threshold)
+    difference = ((a > theta + epsilon / 2).sum() - (a > theta - epsilon / 2).sum()) / epsilon
+    assert difference < -100
+    assert float(gradient) == pytest.approx(float(difference), rel=1e-12)
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.2, 0.5])
+def test_the_gradient_of_the_values_is_their_finite_difference_within_the_bandwidth(epsilon: float):
+    """S(θ) = ∫ a·H(a − θ)·sin a da on a grid; its derivative is −θ sin θ."""
+    width, theta = 1e-4, 1.3
+    a = torch.arange(0, 3, width, dtype=torch.float64)
+    threshold = torch.tensor(theta, dtype=torch.float64).requires_grad_()
+    z, _ = jump(a, threshold.expand(len(a)), epsilon)
+    (gradient,) = torch.autograd.grad((z * a.sin()).sum() * width, threshold)
+
+    def total(at: float) -> Tensor:
+        return (a * (a > at) * a.sin()).sum() * width
+
+    difference = (total(theta + epsilon / 2) - total(theta - epsilon / 2)) / epsilon
+    assert float(gradient) == pytest.approx(float(difference), abs=0.1 * epsilon)
+    assert float(gradient) == pytest.approx(-theta * math.sin(theta), abs=0.1 * epsilon)
+
+
+# --- the compiled top-k -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fast():
+    """The compiled kernels can be used, and are switched back as they were afterwards."""
+    pytest.importorskip("numba")
+    before = kernels.apply_to(torch.ones(1, 1))
+    yield
+    kernels.use(before)
+
+
+def test_the_compiled_topk_is_used_for_plain_cpu_matrices_only(fast: None):
+    kernels.use(True)
+    assert kernels.apply_to(torch.ones(2, 3))
+    assert not kernels.apply_to(torch.ones(2, 3, dtype=torch.float64))
+    assert not kernels.apply_to(torch.ones(2, 3).T)
+    kernels.use(False)
+    assert not kernels.apply_to(torch.ones(2, 3))
+
+
+def assert_like_sorting(pre: Tensor, k: int) -> None:
+    """The compiled entries are those of a stable sort, in ascending order of index: of equal ones the first stay."""
+    values, indices = kernels.topk(pre, k)
+    expected = pre.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    assert torch.equal(indices.long(), expected)
+    assert torch.equal(values, pre.gather(1, expected))
+
+
+def matrix_of_scales() -> Tensor:
+    """Neighbouring rows whose scales differ by up to 10²⁴; their squares over- and underflow in fp32."""
+    return random(12, 300) * torch.tensor([1.0, 1e-25, 1e24, 1e-3, 1e22, 1e-30] * 2)[:, None]
+
+
+@pytest.mark.parametrize(
+    "pre",
+    [
+        random(40, 300),
+        -random(40, 300).abs(),
+        random(1, 300),
+        torch.zeros(5, 300),
+        torch.full((5, 300), -3.25),
+        torch.arange(1500.0).reshape(5, 300),
+        -torch.arange(1500.0).reshape(5, 300),
+        random(40, 300).round(),
+        random(40, 300).relu(),
+        torch.cat([torch.zeros(3, 300), random(3, 300), torch.zeros(3, 300)]),
+        matrix_of_scales(),
+        torch.where(random(40, 300) < 1.5, random(40, 300, seed=1), -INF),
+        torch.where(random(40, 300) < 1.5, random(40, 300, seed=1), INF),
+    ],
+)
+@pytest.mark.parametrize("k", [1, 2, 64, 200])
+def test_the_compiled_topk_equals_sorting(fast: None, pre: Tensor, k: int):
+    assert_like_sorting(pre, k)
+
+
+def test_the_compiled_topk_can_keep_everything(fast: None):
+    for d_sae in (1, 7, 300):
+        assert_like_sorting(random(4, d_sae), d_sae)
+
+
+def test_the_compiled_topk_equals_torchs(fast: None):
+    pre = random(64, 500)
+    kernels.use(False)
+    expected = topk(pre, 32).dense(500)
+    kernels.use(True)
+    assert torch.equal(topk(pre, 32).dense(500), expected)
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 2, 5])
+def test_there_may_be_more_threads_than_rows(fast: None, n_rows: int):
+    torch.set_num_threads(4)
+    assert_like_sorting(random(n_rows, 50), 6)
+
+
+def test_the_number_of_threads_changes_nothing(fast: None):
+    pre = random(37, 90).round(decimals=1)
+    alone = kernels.topk(pre, 8)
+    torch.set_num_threads(3)
+    assert all(torch.equal(a, b) for a, b in zip(kernels.topk(pre, 8), alone, strict=True))
+
+
+@pytest.mark.parametrize("bad", [NAN, -INF])
+def test_a_row_without_k_comparable_entries_gives_nan(fast: None, bad: float):
+    """Never what happened to lie in memory; its neighbours are what they are without it."""
+    pre = random(9, 60)
+    pre[[0, 4]] = bad
+    pre[8, 3:] = bad  # 3 comparable ones are left
+    values, indices = kernels.topk(pre, 5)
+    assert values[[0, 4, 8]].isnan().all()
+    assert ((indices >= 0) & (indices < 60)).all()
+    good = [1, 2, 3, 5, 6, 7]
+    expected = kernels.topk(pre[good].contiguous(), 5)
+    assert torch.equal(values[good], expected[0])
+    assert torch.equal(indices[good], expected[1])
+
+
+def test_the_compiled_topk_equals_sorting_for_random_shapes(fast: None):
+    chance = torch.Generator().manual_seed(0)
+    for seed in range(150):
+        n_rows, d_sae = (int(torch.randint(1, high, (), generator=chance)) for high in (20, 400))
+        k = int(torch.randint(1, d_sae + 1, (), generator=chance))
+        pre = random(n_rows, d_sae, seed=seed) * 10.0 ** float(torch.randint(-3, 4, (), generator=chance))
+        assert_like_sorting(pre.round() if seed % 3 == 0 else pre, k)

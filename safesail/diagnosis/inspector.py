@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from safesail.errors import InputError
-from safesail.lm.generate import chat_ids, end_ids, stream
+from safesail.lm.generate import chat_prompt, end_ids, stream
 from safesail.lm.hooks import run_to_depth
 from safesail.lm.load import causal_lm, load_tokenizer, tokenizer_hash
-from safesail.lm.tokens import Span, counted, spans, special_ids
+from safesail.lm.tokens import ROLES, Span, counted, role_codes, spans, special_ids
 from safesail.neurons import NeuronDatabase, neuron_id, strength
+from safesail.recipe import TokenPolicy
 from safesail.repository import Repository, part_of_release
 from safesail.run import Run
 from safesail.sae.model import Sae
@@ -60,12 +61,14 @@ class Inspection:
     """How many of the ids were given; the rest were generated."""
     units: list[Span]
     codes: dict[str, Codes]
-    """Per hook point the active latents of every id: values and indices, (n_ids, k)."""
+    """Per hook point the active latents of every id."""
     counted: dict[str, Tensor]
     """Per hook point which ids the token policy counts: bool (n_ids,)."""
     error: dict[str, Tensor]
     """Per hook point the share of each activation that the SAE misses, ‖x − x̂‖ / ‖x‖: (n_ids,)."""
     database: NeuronDatabase
+    left_out_roles: list[str]
+    """Per id the role of its turn where no SAE's token policy counts that role, else an empty string."""
 
     @property
     def text(self) -> str:
@@ -91,7 +94,7 @@ class Inspection:
         """The neurons that fire on a unit, strongest normalised activation first.
 
         Of a unit of several tokens each neuron counts once, with its strongest activation. Tokens that the policy
-        leaves out (special tokens, attention sinks) have none: the SAEs were not trained on them.
+        leaves out (special tokens, attention sinks, other roles) have none: the SAEs were not trained on them.
         """
         unit = self.units[index]
         best: dict[tuple[str, int], float] = {}
@@ -101,7 +104,8 @@ class Inspection:
             for row in range(unit.start, unit.end):
                 if not self.counted[name][row]:
                     continue
-                for value, latent in zip(codes.values[row].tolist(), codes.indices[row].tolist(), strict=True):
+                values, latents = codes.of(row)
+                for value, latent in zip(values.tolist(), latents.tolist(), strict=True):
                     if value > 0:
                         best[name, latent] = max(value, best.get((name, latent), 0.0))
         hits = [self._hit(name, latent, value) for (name, latent), value in best.items()]
@@ -114,11 +118,11 @@ class Inspection:
         unit = self.units[index]
         if any(bool(mask[unit.start : unit.end].any()) for mask in self.counted.values()):
             return ""
-        return (
-            "A special token: the token policy leaves it out."
-            if unit.special
-            else "An attention sink (its activation norm is far above the usual): the token policy leaves it out."
-        )
+        if unit.special:
+            return "A special token: the token policy leaves it out."
+        if role := self.left_out_roles[unit.start]:
+            return f"A token of the {role}'s turn: the token policy leaves that role out."
+        return "An attention sink (its activation norm is far above the usual): the token policy leaves it out."
 
     @cached_property
     def _hits_by_unit(self) -> list[list[Hit]]:
@@ -246,37 +250,50 @@ class Inspector:
         self, text_or_chat: str | Messages, *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[Answer]:
         """Stream the model's answer; the last item carries the inspection of prompt and answer."""
-        prompt = self.encode(text_or_chat)
+        prompt, roles = self._prompt(text_or_chat)
         self._check_length(len(prompt) + max_new_tokens)
         generated: list[int] = []
         for token in stream(self.model, prompt, max_new_tokens, self._ends, temperature=temperature, seed=seed):
             generated.append(token)
             yield Answer(self._readable(generated), None)
-        yield Answer(self._readable(generated), self.inspect_ids(prompt + generated, n_prompt=len(prompt)))
+        if roles is not None:
+            roles = roles + [ROLES.index("assistant")] * len(generated)
+        inspection = self.inspect_ids(prompt + generated, n_prompt=len(prompt), roles=roles)
+        yield Answer(self._readable(generated), inspection)
 
     def encode(self, text_or_chat: str | Messages) -> list[int]:
         """The prompt's ids: a text as it is, a conversation in the chat template."""
+        return self._prompt(text_or_chat)[0]
+
+    def _prompt(self, text_or_chat: str | Messages) -> tuple[list[int], list[int] | None]:
+        """The prompt's ids and, of a conversation, their role codes where a token policy asks for roles."""
         empty = not text_or_chat or (isinstance(text_or_chat, list) and not text_or_chat[-1]["content"].strip())
         if empty or (isinstance(text_or_chat, str) and not text_or_chat.strip()):
             raise InputError("the prompt is empty; type some text.")
         if isinstance(text_or_chat, str):
-            return self.tokenizer(_valid(text_or_chat), add_special_tokens=False)["input_ids"]
+            return self.tokenizer(_valid(text_or_chat), add_special_tokens=False)["input_ids"], None
         messages = [{**message, "content": _valid(message["content"])} for message in text_or_chat]
-        return chat_ids(self.tokenizer, messages)
+        return chat_prompt(self.tokenizer, messages, roles=any(policy.roles for policy in self._policies))
 
     @torch.inference_mode()
-    def inspect_ids(self, ids: list[int], *, n_prompt: int | None = None) -> Inspection:
-        """What fires on an exact id sequence, from one forward pass without LM head."""
+    def inspect_ids(self, ids: list[int], *, n_prompt: int | None = None, roles: list[int] | None = None) -> Inspection:
+        """What fires on an exact id sequence, from one forward pass without LM head.
+
+        roles: per id a code into `lm.tokens.ROLES`; without them the sequence is plain text.
+        """
         tensor, outputs = torch.tensor(ids), self._run(ids)
+        whose = None if roles is None else torch.tensor(roles)
         codes, keep, error = {}, {}, {}
         for name, sae in self.saes.items():
             x, config = outputs[name], sae.config
-            keep[name] = counted(config.token_policy, tensor, x.norm(dim=-1), self._specials, config.median_norm)
+            keep[name] = counted(config.token_policy, tensor, x.norm(dim=-1), self._specials, config.median_norm, whose)
             active = sae.encode_sparse(x.to(sae.W_enc.device))
-            codes[name] = Codes(active.values.cpu(), active.indices.cpu())
+            codes[name] = active.to("cpu")
             error[name] = (x - sae.decode_sparse(active).cpu()).norm(dim=-1) / x.norm(dim=-1)
         units = spans(self.tokenizer, ids)
-        return Inspection(ids, len(ids) if n_prompt is None else n_prompt, units, codes, keep, error, self.database)
+        n_prompt = len(ids) if n_prompt is None else n_prompt
+        left_out = self._left_out_roles(roles or [0] * len(ids))
+        return Inspection(ids, n_prompt, units, codes, keep, error, self.database, left_out)
 
     def activations(self, text_or_chat: str | Messages, hook_point: str) -> Tensor:
         """The model's activations at a hook point of the release, one row per token of the text: (n_tokens, d_in)."""
@@ -290,6 +307,14 @@ class Inspector:
         tensor = torch.tensor([ids], device=self.model.device)
         outputs = run_to_depth(self.model, tuple(self.saes), input_ids=tensor)
         return {name: x[0].float().cpu() for name, x in outputs.items()}
+
+    @property
+    def _policies(self) -> list[TokenPolicy]:
+        return [sae.config.token_policy for sae in self.saes.values()]
+
+    def _left_out_roles(self, roles: list[int]) -> list[str]:
+        kept = {code for policy in self._policies for code in role_codes(policy)}
+        return ["" if code in kept else ROLES[code] for code in roles]
 
     @property
     def max_tokens(self) -> int:

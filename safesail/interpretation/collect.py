@@ -95,10 +95,11 @@ def sparse_codes(sae: Sae, activations: Activations, policy: TokenPolicy, progre
     latents, values, rows = [], [], []
     for start, block in activations.blocks(sae.config.hook_point):
         codes = sae.encode_sparse(block)
-        active = (codes.values > 0) & keep[start : start + len(block), None]
+        tokens = codes.tokens()
+        active = (codes.values > 0) & keep[start : start + len(block)][tokens]
         latents.append(codes.indices[active].int())
         values.append(codes.values[active])
-        rows.append((active.nonzero()[:, 0] + start).int())
+        rows.append((tokens[active] + start).int())
         progress(len(block))
     latent, value, row = torch.cat(latents), torch.cat(values), torch.cat(rows)
     order = value.argsort(stable=True)

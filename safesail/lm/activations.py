@@ -1,10 +1,10 @@
 """Activations on disk: written once by one pass of the model, read by training, statistics and scoring.
 
-Writes `pieces.parquet` (the texts as token ids), `shard-00000.safetensors` … (fp16 activations, fp32 norms, token ids)
-and `harvest.json`. Rows are the tokens in the order of the packed windows; a piece's rows are consecutive.
+Writes `pieces.parquet` (the texts as token ids and roles), `shard-00000.safetensors` … (activations in the recipe's
+dtype, fp32 norms, token ids), a checksum beside each shard, and `harvest.json`. Rows are the tokens in the order of
+the packed windows; a piece's rows are consecutive.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,20 +14,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from safesail.distributed import ALONE, Ranks
 from safesail.errors import InputError
+from safesail.files import replacing, write_tensors
 from safesail.lm.corpus import Piece, pack
-from safesail.lm.hooks import run_to_depth
+from safesail.lm.shards import checksum, is_whole, read_facts, recorded_checksum, shard_file, write_shard
 from safesail.lm.tokens import counted
+from safesail.lm.windows import HALF, Storage, packed_inputs, read_windows
 from safesail.recipe import TokenPolicy
 from safesail.run import write_json
 
-__all__ = ["Activations", "harvest", "packed_inputs"]
+__all__ = ["Activations", "harvest", "packed_inputs", "remake"]
 
 _WINDOWS_PER_SHARD = 64
-_HALF_MAX = 65504.0
+_N_NAMED = 20
+"""How many documents with bad activations are named."""
 
 
 def harvest(
@@ -39,137 +42,154 @@ def harvest(
     specials: list[int],
     window: int,
     windows_per_batch: int,
+    storage: Storage = HALF,
+    ranks: Ranks = ALONE,
     progress: Callable[[int], Any] = lambda n: None,
-) -> None:
-    """Write the activations of all pieces at all hook points into `folder`; finished shards are not made again."""
-    windows = pack([len(piece.ids) for piece in pieces], window)
-    starts = _write_pieces(folder / "pieces.parquet", pieces, windows)
-    for number, first in enumerate(range(0, len(windows), _WINDOWS_PER_SHARD)):
-        path = folder / f"shard-{number:05d}.safetensors"
-        batch = windows[first : first + _WINDOWS_PER_SHARD]
-        n_tokens = sum(len(pieces[i].ids) for members in batch for i in members)
-        if not path.is_file():
-            tensors = _shard(model, pieces, batch, hook_points, windows_per_batch, progress)
-            temporary = path.with_suffix(".new")
-            save_file(tensors, temporary)
-            temporary.rename(path)
-        else:
-            progress(n_tokens)
-    _summarise(folder, hook_points, specials, window, starts)
+) -> dict[str, Any]:
+    """Write the activations of all pieces at all hook points into `folder` and return the content of harvest.json.
 
-
-def packed_inputs(pieces: list[list[int]], windows: list[list[int]]) -> dict[str, Tensor]:
-    """Model inputs for windows that hold several pieces each, kept apart by positions and the attention mask.
-
-    pieces: token ids; windows: piece numbers. Returns input_ids and position_ids (n_windows, length) and a boolean
-    attention mask (n_windows, 1, length, length); padding attends to itself alone.
+    Whole shards of an interrupted attempt are kept. Every rank makes its share of the shards.
     """
-    length = max(sum(len(pieces[i]) for i in members) for members in windows)
-    ids = torch.zeros(len(windows), length, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    owner = torch.full_like(ids, -1)
-    for row, members in enumerate(windows):
-        cursor = 0
-        for i in members:
-            end = cursor + len(pieces[i])
-            ids[row, cursor:end] = torch.tensor(pieces[i])
-            positions[row, cursor:end] = torch.arange(end - cursor)
-            owner[row, cursor:end] = i
-            cursor = end
-    same = owner[:, :, None] == owner[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    mask = (same & causal & (owner[:, :, None] >= 0)) | torch.eye(length, dtype=torch.bool)
-    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask[:, None], "owner": owner}
+    windows = pack([len(piece.ids) for piece in pieces], window)
+    shards = [windows[first : first + _WINDOWS_PER_SHARD] for first in range(0, len(windows), _WINDOWS_PER_SHARD)]
+    if ranks.first:
+        _write_pieces(folder / "pieces.parquet", pieces, windows)
+    for number in ranks.mine(len(shards)):
+        if is_whole(folder, number):
+            progress(sum(len(pieces[i].ids) for members in shards[number] for i in members))
+        else:
+            made = _shard(model, pieces, shards[number], hook_points, windows_per_batch, storage, progress)
+            write_shard(folder, number, made)
+    ranks.wait()
+    if ranks.first:
+        settings = {"window": window, "windows_per_batch": windows_per_batch, **storage._asdict()}
+        settings |= {"windows_per_shard": _WINDOWS_PER_SHARD}
+        _summarise(folder, len(shards), hook_points, specials, settings)
+    ranks.wait()
+    return read_facts(folder)
 
 
-@torch.inference_mode()
+def remake(model: Any, folder: Path, numbers: list[int], progress: Callable[[int], Any] = lambda n: None) -> list[int]:
+    """Make damaged shards of a finished harvest again from its table of pieces, just as they were made.
+
+    Returns the numbers of those that came out different from what their checksum was taken of; they are not replaced.
+    """
+    facts = read_facts(folder)
+    pieces, windows = _read_pieces(folder / "pieces.parquet")
+    storage = Storage(facts["dtype"], facts["bad_activations"])
+    hook_points, per_shard = tuple(facts["hook_points"]), facts["windows_per_shard"]
+    different = []
+    for number in numbers:
+        members = windows[number * per_shard : (number + 1) * per_shard]
+        made = _shard(model, pieces, members, hook_points, facts["windows_per_batch"], storage, progress)
+        path, again = shard_file(folder, number), folder / f"again-{number:05d}.safetensors"
+        write_tensors(again, made)
+        if checksum(again) == facts["sha256_of_shards"][number]:
+            again.rename(path)
+        else:
+            again.unlink()
+            different.append(number)
+    return different
+
+
 def _shard(
     model: Any,
     pieces: list[Piece],
     windows: list[list[int]],
     hook_points: tuple[str, ...],
     windows_per_batch: int,
+    storage: Storage,
     progress: Callable[[int], Any],
 ) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {name: [] for name in hook_points}
     norms: dict[str, list[Tensor]] = {name: [] for name in hook_points}
-    ids = [piece.ids for piece in pieces]
     token_ids = []
-    for start in range(0, len(windows), windows_per_batch):
-        batch = windows[start : start + windows_per_batch]
-        inputs = packed_inputs(ids, batch)
-        real = inputs.pop("owner") >= 0
-        token_ids.append(inputs["input_ids"][real].int())
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
-        for name, output in run_to_depth(model, hook_points, **inputs).items():
-            x = output[real.to(output.device)].float().cpu()
-            _check_finite(x, name)
-            rows[name].append(x.half())
-            norms[name].append(x.norm(dim=-1))
-        progress(int(real.sum()))
+    for reading in read_windows(model, pieces, windows, hook_points, windows_per_batch, storage):
+        token_ids.append(reading.token_ids)
+        for name in hook_points:
+            rows[name].append(reading.rows[name])
+            norms[name].append(reading.norms[name])
+        progress(len(reading.token_ids))
     tensors = {"token_ids": torch.cat(token_ids)}
     for name in hook_points:
         tensors[name], tensors[f"{name}:norm"] = torch.cat(rows[name]), torch.cat(norms[name])
     return tensors
 
 
-def _check_finite(x: Tensor, hook_point: str) -> None:
-    largest = float(x.abs().max())
-    if not largest < _HALF_MAX:  # also true for NaN
-        raise InputError(
-            f"an activation at {hook_point} is {largest}, beyond what 16-bit shards hold; "
-            "check the model's weights and dtype."
-        )
-
-
-def _write_pieces(path: Path, pieces: list[Piece], windows: list[list[int]]) -> list[int]:
-    """Write the table of pieces in row order and return where each one's rows start."""
-    order = [i for members in windows for i in members]
-    starts, cursor = [], 0
-    for i in order:
-        starts.append(cursor)
-        cursor += len(pieces[i].ids)
-    chosen = [pieces[i] for i in order]
+def _write_pieces(path: Path, pieces: list[Piece], windows: list[list[int]]) -> None:
+    """Write the table of pieces in row order, with where each one's rows start and its window's number."""
+    chosen = [pieces[i] for members in windows for i in members]
+    lengths = torch.tensor([len(piece.ids) for piece in chosen], dtype=torch.long)
     table = pa.table(
         {
             "document": [piece.document for piece in chosen],
             "source": [piece.source for piece in chosen],
             "held_out": [piece.held_out for piece in chosen],
             "half": [piece.half for piece in chosen],
-            "row_start": pa.array(starts, pa.int64()),
+            "row_start": pa.array((lengths.cumsum(0) - lengths).tolist(), pa.int64()),
+            "window": pa.array([n for n, members in enumerate(windows) for _ in members], pa.int64()),
             "ids": pa.array([piece.ids for piece in chosen], pa.list_(pa.int32())),
+            "roles": pa.array([piece.roles for piece in chosen], pa.list_(pa.int8())),
         }
     )
-    temporary = path.with_suffix(".new")
-    pq.write_table(table, temporary)
-    temporary.rename(path)
-    return starts
+    with replacing(path, table.nbytes) as temporary:
+        pq.write_table(table, temporary)
 
 
-def _summarise(folder: Path, hook_points: tuple[str, ...], specials: list[int], window: int, starts: list[int]) -> None:
-    shards = sorted(folder.glob("shard-*.safetensors"))
+def _read_pieces(path: Path) -> tuple[list[Piece], list[list[int]]]:
+    """The pieces in row order and the windows they were packed in."""
+    rows = pq.read_table(path).to_pylist()
+    windows: list[list[int]] = [[] for _ in range(rows[-1]["window"] + 1)]
+    for i, row in enumerate(rows):
+        windows[row["window"]].append(i)
+    return [Piece(**{name: row[name] for name in Piece._fields}) for row in rows], windows
+
+
+def _summarise(
+    folder: Path, n_shards: int, hook_points: tuple[str, ...], specials: list[int], settings: dict[str, Any]
+) -> None:
+    """Write harvest.json: what the shards hold, their checksums, and how they were made."""
+    table = pq.read_table(folder / "pieces.parquet", columns=["document", "row_start"])
+    starts = torch.tensor(table["row_start"].to_pylist())
     medians: dict[str, float] = {}
-    n_rows: list[int] = []
     d_in: dict[str, int] = {}
+    n_rows: list[int] = []
+    skipped: dict[str, Any] = {}
     for name in hook_points:
-        norms = []
-        for shard in shards:
-            with safe_open(shard, framework="pt") as handle:
-                norms.append(handle.get_tensor(f"{name}:norm"))
-                d_in[name] = handle.get_slice(name).get_shape()[1]
-        n_rows = [len(part) for part in norms]
-        medians[name] = float(torch.cat(norms).median())
+        parts, d_in[name] = _norms(folder, n_shards, name)
+        norms, n_rows = torch.cat(parts), [len(part) for part in parts]
+        good = norms.isfinite()
+        if not good.any():
+            raise InputError(f"no activation at {name} can be stored; check the model's weights and dtype.")
+        medians[name] = float(norms[good].median())
+        bad = (~good).nonzero().flatten()
+        documents = [table["document"][i].as_py() for i in (torch.searchsorted(starts, bad, right=True) - 1).tolist()]
+        if len(bad):
+            skipped[name] = {"n_tokens": len(bad), "documents": list(dict.fromkeys(documents))[:_N_NAMED]}
     facts = {
         "hook_points": list(hook_points),
         "d_in": d_in,
         "median_norm": medians,
         "special_ids": specials,
         "rows_per_shard": n_rows,
+        "sha256_of_shards": [recorded_checksum(folder, number) for number in range(n_shards)],
+        "pieces_sha256": checksum(folder / "pieces.parquet"),
         "n_tokens": sum(n_rows),
         "n_pieces": len(starts),
-        "window": window,
+        "skipped": skipped,
+        **settings,
     }
     write_json(folder / "harvest.json", facts)
+
+
+def _norms(folder: Path, n_shards: int, hook_point: str) -> tuple[list[Tensor], int]:
+    """Per shard the norms of its rows at a hook point, and its d_in."""
+    norms, d_in = [], 0
+    for number in range(n_shards):
+        with safe_open(shard_file(folder, number), framework="pt") as handle:
+            norms.append(handle.get_tensor(f"{hook_point}:norm"))
+            d_in = handle.get_slice(hook_point).get_shape()[1]
+    return norms, d_in
 
 
 class Activations:
@@ -177,7 +197,7 @@ class Activations:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.facts: dict[str, Any] = json.loads((folder / "harvest.json").read_text(encoding="utf-8"))
+        self.facts = read_facts(folder)
         self.hook_points: list[str] = self.facts["hook_points"]
         self.n_tokens: int = self.facts["n_tokens"]
         table = pq.read_table(folder / "pieces.parquet")
@@ -188,6 +208,7 @@ class Activations:
         self.row_start = torch.tensor(table["row_start"].to_pylist())
         self.piece_ids: list[list[int]] = table["ids"].to_pylist()
         self.token_ids = torch.tensor([id for ids in self.piece_ids for id in ids])
+        self.roles = _flat_roles(table, len(self.token_ids))
         lengths = torch.tensor([len(ids) for ids in self.piece_ids])
         self.piece_of_row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
@@ -200,7 +221,7 @@ class Activations:
         return {name: [shard.get_tensor(name) for shard in self._shards] for name in self.hook_points}
 
     def norms(self, hook_point: str) -> Tensor:
-        """The fp32 norm of every activation before it was stored in 16 bits: (n_tokens,)."""
+        """The fp32 norm of every activation before it was stored, NaN where it could not be: (n_tokens,)."""
         return torch.cat([shard.get_tensor(f"{hook_point}:norm") for shard in self._shards])
 
     def counted(self, hook_point: str, policy: TokenPolicy) -> Tensor:
@@ -211,7 +232,13 @@ class Activations:
             self.norms(hook_point),
             self.facts["special_ids"],
             self.facts["median_norm"][hook_point],
+            self.roles,
         )
+
+    @property
+    def piece_roles(self) -> list[list[int]]:
+        """Per piece the role codes of its tokens, beside `piece_ids`."""
+        return [part.tolist() for part in self.roles.split([len(ids) for ids in self.piece_ids])]
 
     def rows_held_out(self) -> Tensor:
         """Which rows belong to held-out documents: bool (n_tokens,)."""
@@ -236,3 +263,10 @@ class Activations:
             for cut in range(0, len(tensor), size):
                 yield start + cut, tensor[cut : cut + size].float()
             start += len(tensor)
+
+
+def _flat_roles(table: pa.Table, n_tokens: int) -> Tensor:
+    """The role code of every row, int8 (n_tokens,); a table without roles is of plain texts."""
+    if "roles" not in table.column_names:
+        return torch.zeros(n_tokens, dtype=torch.int8)
+    return torch.tensor(table["roles"].combine_chunks().flatten().to_numpy())

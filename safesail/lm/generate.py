@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["chat_ids", "complete", "end_ids", "stream"]
+from safesail.lm.tokens import conversation
+
+__all__ = ["chat_prompt", "complete", "end_ids", "stream"]
 
 
 @torch.inference_mode()
@@ -76,15 +78,20 @@ def end_ids(model: Any, tokenizer: Any) -> set[int]:
     return {id for id in (*ids, tokenizer.eos_token_id) if id is not None}
 
 
-def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """The prompt ids of a conversation in the model's chat template, ready for the assistant's turn.
+def chat_prompt(
+    tokenizer: Any, messages: list[dict[str, str]], *, roles: bool = True
+) -> tuple[list[int], list[int] | None]:
+    """A conversation's ids in the model's chat template, ready for the assistant's turn, and their role codes.
 
-    A tokenizer without a template gets the messages' plain text.
+    A tokenizer without a template gets the messages' plain text, which has no roles. `roles` = False asks for none,
+    which templates that rewrite earlier turns need.
     """
-    if getattr(tokenizer, "chat_template", None):
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
-    return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer("\n".join(message["content"] for message in messages))["input_ids"], None
+    if roles:
+        return conversation(tokenizer, messages, answer=True)
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"]), None
 
 
 def _shared_prefix(encoded: list[list[int]]) -> int:

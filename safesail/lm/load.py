@@ -26,7 +26,7 @@ _BLOCK = 1 << 16
 
 
 def causal_lm(
-    path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> Any:
     """The causal LM at `path` (a transformers folder or a Hub id), in evaluation mode, without gradients."""
     from transformers import AutoModelForCausalLM
@@ -116,6 +116,6 @@ def no_loading_bars() -> None:
     logging.disable_progress_bar()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its class."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -22,9 +22,9 @@ from safesail.release.cards import write_cards
 from safesail.run import PARTS, Run, StageWork, write_json
 from safesail.sae import model as sae_files
 from safesail.taxonomy import Taxonomy
-from safesail.training.fidelity import firing_rates
+from safesail.training.fidelity import FIDELITY, firing_rates
 
-__all__ = ["build_stage", "redacted"]
+__all__ = ["build_stage", "flat_fidelity", "redacted"]
 
 Row = dict[str, Any]
 
@@ -67,9 +67,25 @@ class _Facts:
         """One row per SAE of the sweep: its fidelity, its concept contrast, and whether it was selected."""
         selected = self.selection["selected"].values()
         return [
-            {"sae_id": sae_id, "selected": sae_id in selected, **numbers, **self.selection["curve"][sae_id]}
+            {
+                "sae_id": sae_id,
+                "selected": sae_id in selected,
+                **flat_fidelity(numbers),
+                **self.selection["curve"][sae_id],
+            }
             for sae_id, numbers in self.fidelity.items()
         ]
+
+
+def flat_fidelity(numbers: Row) -> Row:
+    """An entry of fidelity.json as plain numbers: each metric is followed by the ends of its interval."""
+    flat: Row = {}
+    for name, value in numbers.items():
+        if name not in ("intervals", "definitions"):
+            flat[name] = value
+        if name in numbers["intervals"]:
+            flat[f"{name}_low"], flat[f"{name}_high"] = numbers["intervals"][name]
+    return flat
 
 
 def neuron_rows(facts: Any, taxonomy: Taxonomy) -> list[Row]:
@@ -153,7 +169,8 @@ def _saes(run: Run, facts: _Facts, folder: Path) -> None:
     for row in facts.curve:
         sae_id = row["sae_id"]
         sae_files.read(trained / sae_id).save(folder / sae_id, firing_rates(measured, sae_id))
-        metrics = {name: row[name] for name in (*facts.fidelity[sae_id], "i_cdf", "i_cdf_swapped", "l0_t")}
+        published = (*flat_fidelity(facts.fidelity[sae_id]), "i_cdf", "i_cdf_swapped", "l0_t")
+        metrics = {name: row[name] for name in published}
         write_json(folder / sae_id / "metrics.json", {"definitions": DEFINITIONS, "metrics": metrics})
         saes.append({"id": sae_id, "selected": row["selected"], **metrics})
     model, harvest = facts.recipe.model, facts.records["harvest"]
@@ -182,12 +199,21 @@ def _neurons(facts: _Facts, rows: list[Row], folder: Path) -> None:
     write_json(folder / "languages.json", languages)
     _table(folder / "scores/train.parquet", facts.scores)
     _table(folder / "quantiles/train.parquet", facts.statistics)
-    published = ("sae_id", "selected", "explained_variance", "l0", "dead", "ce_recovered", "i_cdf", "i_cdf_swapped")
-    curve = [
-        {**{name: row[name] for name in published}, **{f"l0_t_{t}": value for t, value in row["l0_t"].items()}}
-        for row in facts.curve
+    curve = [{**row, **{f"l0_t_{t}": value for t, value in row["l0_t"].items()}} for row in facts.curve]
+    _table(folder / "selection/train.parquet", curve, _selection_schema(list(facts.curve[0]["l0_t"])))
+
+
+def _selection_schema(thresholds: list[str]) -> pa.Schema:
+    numbers = [f"{name}{end}" for name in FIDELITY for end in ("", "_low", "_high")]
+    numbers += ["i_cdf", "i_cdf_swapped", *(f"l0_t_{t}" for t in thresholds)]
+    settings = [
+        ("sae_id", pa.string()),
+        ("selected", pa.bool_()),
+        ("architecture", pa.string()),
+        ("k", pa.int32()),
+        ("coefficient", pa.float64()),
     ]
-    _table(folder / "selection/train.parquet", curve)
+    return pa.schema([*settings, *((name, pa.float64()) for name in numbers)])
 
 
 def _examples(facts: _Facts, folder: Path) -> None:

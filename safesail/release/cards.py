@@ -72,7 +72,10 @@ def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonom
         "version": __version__,
         "example_hook_point": first,
         "example_sae_id": facts.selection["selected"][first],
-        "example_k": facts.selection["curve"][facts.selection["selected"][first]]["k"],
+        "example_latents": _latents_by_hand(facts.selection["curve"][facts.selection["selected"][first]]),
+        "sparsity_settings": _sparsity_settings(facts.curve),
+        "trained_as": [_TRAINED_AS[name] for name in recipe.train.architectures],
+        "hook_points": list(facts.selection["selected"]),
         "d_in": facts.activations.facts["d_in"][first],
         "sae_table": markdown(*sae_table(facts.curve)),
         "curve": facts.curve,
@@ -102,21 +105,60 @@ def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonom
     }
 
 
+_TRAINED_AS = {
+    "relu": "`relu`: ReLU with an L1 penalty",
+    "topk": "`topk`: the k largest pre-activations of a token, then ReLU (Safe-SAIL; Gao et al. 2024)",
+    "batchtopk": "`batchtopk`: the largest pre-activations of a batch, k per token on average (Bussmann et al. 2024)",
+    "jumprelu": "`jumprelu`: a learnt threshold per latent with an L0 penalty (Rajamanoharan et al. 2024)",
+    "matryoshka": "`matryoshka`: batch-wise top-k of nested dictionaries (Bussmann et al. 2025)",
+}
+_MEANING_OF_SPARSITY = {
+    "topk": "`k32`: at most 32 active latents per token",
+    "batchtopk": "`k32`: 32 active latents per token on average in training (L0 in the table: as measured)",
+    "jumprelu": "`c0.002`: the coefficient of the L0 penalty",
+    "relu": "`c0.1`: the coefficient of the L1 penalty",
+}
+
+
+def _sparsity_settings(curve: list[Row]) -> list[str]:
+    """What the configured sparsity in a variant's name means, for the architectures that there are."""
+    meanings: dict[str, list[str]] = {}
+    for name in dict.fromkeys(row["architecture"] for row in curve):
+        kind = "batchtopk" if name == "matryoshka" else name  # the same meaning
+        meanings.setdefault(kind, []).append(name)
+    return [f"{' and '.join(names)} {_MEANING_OF_SPARSITY[kind]}" for kind, names in meanings.items()]
+
+
+def _latents_by_hand(row: Row) -> str:
+    """The line of code that makes an SAE's latents from its pre-activations `a` and tensors `w`. row: of the curve."""
+    if row["architecture"] == "topk":
+        return f"values, indices = a.relu().topk({row['k']})"
+    return "latents = a.relu()" if row["architecture"] == "relu" else 'latents = a.relu() * (a > w["threshold"])'
+
+
 def _cost(rows: list[Row]) -> float | None:
     """What the language model's answers cost, or None when a price is unknown."""
     costs = [row["cost_usd"] for row in rows]
     return None if any(cost is None for cost in costs) else sum(costs)
 
 
+_LABELS = {
+    "explained_variance": "Explained variance",
+    "fvu": "Fraction of variance unexplained",
+    "mse": "Mean squared error",
+    "cosine": "Cosine similarity",
+    "l0": "L0",
+    "dead": "Dead latents",
+    "dense": "Dense latents",
+    "ce_recovered": "CE recovered",
+    "kl": "KL divergence",
+    "i_cdf": "I_CDF",
+}
+
+
 def _saes_front(facts: dict[str, Any]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    metrics = (
-        ("explained_variance", "Explained variance"),
-        ("ce_recovered", "CE recovered"),
-        ("l0", "L0"),
-        ("i_cdf", "I_CDF"),
-    )
     results = [
         EvalResult(
             task_type="feature-extraction",
@@ -124,11 +166,11 @@ def _saes_front(facts: dict[str, Any]) -> str:
             dataset_name="held-out documents of the training mix",
             metric_type=f"{key}/v1",
             metric_name=f"{label} ({row['sae_id']})",
-            metric_value=round(row[key], 6),
+            metric_value=float(f"{row[key]:.6g}"),
         )
         for row in facts["curve"]
         if row["selected"]
-        for key, label in metrics
+        for key, label in _LABELS.items()
         if row[key] is not None
     ]
     return ModelCardData(

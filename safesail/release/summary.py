@@ -6,28 +6,70 @@ from typing import Any
 
 from safesail.neurons import WEAK_BELOW
 
-__all__ = ["aligned", "domain_table", "domains_summary", "markdown", "sae_table", "score_bands"]
+__all__ = [
+    "aligned",
+    "curve_lines",
+    "domain_table",
+    "domains_summary",
+    "markdown",
+    "ordered",
+    "sae_table",
+    "score_bands",
+]
 
 Row = dict[str, Any]
 
 
 def sae_table(curve: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: one row per SAE of the sweep. curve: rows of the `selection` table."""
-    header = ["SAE", "EV", "L0", "dead", "CE recovered", "I_CDF", "swapped", "selected"]
+    """Header and cells: one row per SAE of the sweep, in the order of `ordered`. curve: rows of the `selection` table.
+
+    In brackets: the 95 % interval.
+    """
+    header = ["SAE", "EV", "L0", "dead", "dense", "CE recovered", "KL", "I_CDF", "swapped", "selected"]
     cells = [
         [
             row["sae_id"],
-            f"{row['explained_variance']:.3f}",
+            _with_interval(row, "explained_variance", 1, 3, ""),
             f"{row['l0']:.1f}",
             f"{100 * row['dead']:.1f} %",
-            "" if row["ce_recovered"] is None else f"{100 * row['ce_recovered']:.1f} %",
+            f"{100 * row['dense']:.1f} %",
+            _with_interval(row, "ce_recovered", 100, 1, " %"),
+            f"{row['kl']:.3f}",
             f"{row['i_cdf']:.4f}",
             f"{row['i_cdf_swapped']:.4f}",
             "yes" if row["selected"] else "",
         ]
-        for row in curve
+        for row in ordered(curve)
     ]
     return header, cells
+
+
+def ordered(curve: list[Row]) -> list[Row]:
+    """The rows of a sweep by hook point, then architecture (both as they first appear), then L0."""
+    hook_points = list(dict.fromkeys(_hook_point(row) for row in curve))
+    architectures = list(dict.fromkeys(row["architecture"] for row in curve))
+    return sorted(
+        curve,
+        key=lambda row: (hook_points.index(_hook_point(row)), architectures.index(row["architecture"]), row["l0"]),
+    )
+
+
+def curve_lines(curve: list[Row]) -> list[str]:
+    """The sweep as text: per hook point the SAEs with L0, FVU and I_CDF, and bars scaled to the column's maximum.
+
+    curve: the rows of selection.json's `curve`, each with its `sae_id`.
+    """
+    rows = ordered(curve)
+    largest = {name: max((row[name] or 0.0 for row in rows), default=0.0) for name in ("fvu", "i_cdf")}
+    width = max((max(len(_variant(row)) + 2, len(_hook_point(row))) for row in rows), default=0)
+    lines = []
+    for hook_point, group in itertools.groupby(rows, key=_hook_point):
+        lines.append(f"{hook_point:{width}}  {'L0':>7}  {'FVU':<26}  I_CDF")
+        for row in group:
+            fvu = "" if row["fvu"] is None else f"{row['fvu']:.3f} {_bar(row['fvu'], largest['fvu'])}"
+            line = f"{'  ' + _variant(row):{width}}  {row['l0']:7.1f}  {fvu:<26}  {row['i_cdf']:.4f} "
+            lines.append((line + _bar(row["i_cdf"], largest["i_cdf"])).rstrip())
+    return lines
 
 
 def domains_summary(neurons: list[Row], domain_ids: list[str]) -> list[Row]:
@@ -116,3 +158,26 @@ def _group(name: str, rows: list[Row]) -> Row:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}".replace("-0.00", "0.00")
+
+
+def _with_interval(row: Row, name: str, scale: float, digits: int, unit: str) -> str:
+    """`0.818 [0.815, 0.821]`; empty where the metric is undefined, the number alone where it has no interval."""
+    value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
+    if value is None:
+        return ""
+    shown = f"{scale * value:.{digits}f}{unit}"
+    return shown if low is None else f"{shown} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+
+
+def _hook_point(row: Row) -> str:
+    return row["sae_id"].rpartition("/")[0]
+
+
+def _variant(row: Row) -> str:
+    return row["sae_id"].rpartition("/")[2]
+
+
+def _bar(value: float, largest: float, width: int = 20) -> str:
+    """A horizontal bar in eighths of a character, `width` characters long for the largest value."""
+    eighths = round(8 * width * max(value, 0.0) / largest) if largest > 0 else 0
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

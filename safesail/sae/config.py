@@ -6,20 +6,28 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from safesail.errors import InputError
-from safesail.recipe import Section, TokenPolicy
+from safesail.recipe import Architecture, Section, TokenPolicy
 
 __all__ = ["SaeConfig"]
 
 # Without a version SAELens takes a config for its flat pre-6.0 format and loses the metadata.
 _SAELENS_FORMAT = "6.0.0"
+# What an architecture is once it is trained, in SAELens' words: batch-wise top-k leaves a threshold per latent.
+_SAELENS_ARCHITECTURE = {
+    "relu": "standard",
+    "topk": "topk",
+    "batchtopk": "jumprelu",
+    "jumprelu": "jumprelu",
+    "matryoshka": "jumprelu",
+}
 # The keys that SAELens (v6) needs around ours so that it reads the same file unchanged.
 _SAELENS = {
     "device": "cpu",
     "apply_b_dec_to_input": True,
     "normalize_activations": "none",
     "reshape_activations": "none",
-    "rescale_acts_by_decoder_norm": False,
 }
+_SAELENS_TOPK = {"rescale_acts_by_decoder_norm": False}
 
 
 class SaeConfig(Section):
@@ -27,9 +35,12 @@ class SaeConfig(Section):
 
     d_in: int = Field(ge=1)
     d_sae: int = Field(ge=1)
-    k: int = Field(ge=1)
     hook_point: str
-    architecture: str = "topk"
+    architecture: Architecture = "topk"
+    k: int | None = Field(default=None, ge=1)
+    """Active latents per token: exactly (topk) or on average in training (batchtopk, matryoshka)."""
+    coefficient: float | None = None
+    """What the sparsity penalty of relu (L1) or jumprelu (L0) was multiplied with in training."""
     dtype: str = "float32"
     model_name: str = ""
     token_policy: TokenPolicy = TokenPolicy()
@@ -38,17 +49,26 @@ class SaeConfig(Section):
 
     @model_validator(mode="after")
     def _valid(self) -> "SaeConfig":
-        if self.k > self.d_sae:
+        if self.k is not None and self.k > self.d_sae:
             raise ValueError(f"k = {self.k} exceeds d_sae = {self.d_sae}")
-        if self.architecture != "topk":
-            raise ValueError(f"architecture {self.architecture!r} is unknown; known: topk")
+        if self.architecture == "topk" and self.k is None:
+            raise ValueError("a topk SAE needs k")
         return self
 
     @property
+    def has_threshold(self) -> bool:
+        """Whether a latent is active above a learnt threshold (a JumpReLU), stored as the tensor `threshold`."""
+        return _SAELENS_ARCHITECTURE[self.architecture] == "jumprelu"
+
+    @property
     def variant(self) -> str:
-        """The folder name below the hook point: architecture, configured sparsity and width, as `topk-k32-w4608`."""
+        """The folder name below the hook point: architecture, configured sparsity and width.
+
+        `topk-k32-w4608`; `jumprelu-c0.002-w20k` for a coefficient of 0.002 and 20,480 latents.
+        """
         width = f"{self.d_sae // 1024}k" if self.d_sae % 1024 == 0 and self.d_sae >= 16384 else str(self.d_sae)
-        return f"{self.architecture}-k{self.k}-w{width}"
+        sparsity = f"-k{self.k}" if self.k is not None else f"-c{self.coefficient:g}" if self.coefficient else ""
+        return f"{self.architecture}{sparsity}-w{width}"
 
     @property
     def sae_id(self) -> str:
@@ -57,15 +77,19 @@ class SaeConfig(Section):
 
     def to_json(self) -> dict[str, Any]:
         """The content of `cfg.json`, which SAELens reads unchanged."""
+        topk = {"k": self.k, **_SAELENS_TOPK} if self.architecture == "topk" else {}
         return {
-            "architecture": self.architecture,
+            "architecture": _SAELENS_ARCHITECTURE[self.architecture],
             "d_in": self.d_in,
             "d_sae": self.d_sae,
-            "k": self.k,
             "dtype": self.dtype,
             **_SAELENS,
+            **topk,
             "metadata": {
                 "sae_lens_version": _SAELENS_FORMAT,
+                "architecture": self.architecture,
+                "k": self.k,
+                "coefficient": self.coefficient,
                 "model_name": self.model_name,
                 "hook_name": _transformer_lens_name(self.hook_point),
                 "hf_hook_name": f"model.{self.hook_point}",
@@ -83,17 +107,17 @@ class SaeConfig(Section):
         metadata = data.get("metadata", {}) if isinstance(data, dict) else None
         if not isinstance(metadata, dict):
             raise InputError(f"{origin} is not the config of an SAE: it or its metadata is not a JSON object.")
-        foreign = {
-            key: data[key] for key, value in _SAELENS.items() if key != "device" and data.get(key, value) != value
-        }
+        plain = {key: value for key, value in (_SAELENS | _SAELENS_TOPK).items() if key != "device"}
+        foreign = {key: data[key] for key, value in plain.items() if data.get(key, value) != value}
         if foreign:
-            raise InputError(f"{origin} asks for {foreign}, which safesail does not apply; it reads plain topk SAEs.")
+            raise InputError(f"{origin} asks for {foreign}, which safesail does not apply; it reads SAEs with {plain}.")
         try:
             return cls(
                 d_in=data["d_in"],
                 d_sae=data["d_sae"],
-                k=data["k"],
-                architecture=data["architecture"],
+                architecture=_architecture(data["architecture"], metadata.get("architecture"), origin),
+                k=data["k"] if data["architecture"] == "topk" else metadata.get("k"),
+                coefficient=metadata.get("coefficient"),
                 dtype=data.get("dtype", "float32"),
                 hook_point=metadata.get("hook_point") or str(metadata.get("hf_hook_name", "")).removeprefix("model."),
                 model_name=metadata.get("model_name") or "",
@@ -104,6 +128,14 @@ class SaeConfig(Section):
             raise InputError(f"{origin} lacks the key {error}.") from error
         except ValidationError as error:
             raise InputError(f"{origin}: {'; '.join(problem['msg'] for problem in error.errors())}.") from error
+
+
+def _architecture(saelens: str, ours: Architecture | None, origin: str) -> Architecture:
+    """Our name of an architecture: the one in the metadata where it is a kind of what SAELens' name says."""
+    known: dict[str, Architecture] = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+    if saelens not in known:
+        raise InputError(f"{origin}: architecture {saelens!r} is unknown; known: {', '.join(known)}.")
+    return ours if ours and _SAELENS_ARCHITECTURE.get(ours) == saelens else known[saelens]
 
 
 def _transformer_lens_name(hook_point: str) -> str:

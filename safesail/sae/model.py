@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from safesail.errors import InputError
+from safesail.files import write_tensors
 from safesail.repository import Repository
 from safesail.run import write_json
 from safesail.sae.config import SaeConfig
-from safesail.sae.sparse import Codes, decode, topk
+from safesail.sae.sparse import Codes, above, decode, topk
 
 __all__ = ["Sae"]
 
@@ -23,23 +23,43 @@ CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE = "cfg.json", "sae_weights.safetensors"
 
 
 class Sae(nn.Module):
-    """A TopK sparse autoencoder (Safe-SAIL, A2 of its public code; Gao et al. 2024).
+    """A sparse autoencoder.
 
         a     = (x - b_dec) W_enc + b_enc
-        z     = TopKReLU_k(a):  the k largest a_j of the token, negative ones set to zero
+        z     = σ(a)
         x_hat = z W_dec + b_dec
 
     W_enc: (d_in, d_sae), b_enc: (d_sae,), W_dec: (d_sae, d_in) with rows of unit norm, b_dec: (d_in,).
-    x has any leading dimensions: x: (..., d_in), z: (..., d_sae).
+    x has any leading dimensions: x: (..., d_in), z: (..., d_sae). σ by architecture:
+
+        topk         the k largest a_j of the token, negative ones set to zero   (Safe-SAIL's; Gao et al. 2024)
+        relu         max(a_j, 0)                                                 (Bricken et al. 2023)
+        jumprelu     a_j where a_j > threshold_j, else 0                         (Rajamanoharan et al. 2024)
+        batchtopk    trained with the k·n largest of a batch of n tokens, used as jumprelu with the threshold that
+                     training found                                              (Bussmann et al. 2024)
+        matryoshka   as batchtopk, and every nested dictionary of the first m latents reconstructs x as well
+                                                                                 (Bussmann et al. 2025)
+
+    threshold: (d_sae,), fp32, only where `config.has_threshold`.
     """
 
-    def __init__(self, config: SaeConfig, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor) -> None:
+    def __init__(
+        self,
+        config: SaeConfig,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor | None = None,
+    ) -> None:
         super().__init__()
+        assert config.has_threshold == (threshold is not None)
         self.config = config
         self.W_enc = nn.Parameter(W_enc, requires_grad=False)
         self.b_enc = nn.Parameter(b_enc, requires_grad=False)
         self.W_dec = nn.Parameter(W_dec, requires_grad=False)
         self.b_dec = nn.Parameter(b_dec, requires_grad=False)
+        self.threshold = None if threshold is None else nn.Parameter(threshold, requires_grad=False)
 
     def encode(self, x: Tensor) -> Tensor:
         """The latents of each token. x: (..., d_in) → (..., d_sae)."""
@@ -47,8 +67,16 @@ class Sae(nn.Module):
         return codes.dense(self.config.d_sae).reshape(*x.shape[:-1], self.config.d_sae)
 
     def encode_sparse(self, x: Tensor) -> Codes:
-        """The active latents of each token, without the zeros. x: (..., d_in) → values, indices: (n_tokens, k)."""
-        return topk(self.pre_activations(x), self.config.k)
+        """The active latents of each token. x: (..., d_in), flattened to (n_tokens, d_in).
+
+        A topk SAE lists k entries for every token; those that the ReLU zeroed have value 0 (`Codes.active` drops them).
+        """
+        pre = self.pre_activations(x)
+        if self.config.architecture == "topk":
+            assert self.config.k is not None
+            codes = topk(pre, self.config.k)
+            return codes.with_values(codes.values.relu())
+        return above(pre, 0.0 if self.threshold is None else self.threshold.clamp(min=0))
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """a = (x - b_dec) W_enc + b_enc, flattened to (n_tokens, d_sae)."""
@@ -68,15 +96,17 @@ class Sae(nn.Module):
         return self.decode_sparse(self.encode_sparse(x)).reshape(x.shape)
 
     def extra_repr(self) -> str:
-        return f"{self.config.sae_id}, d_in={self.config.d_in}, d_sae={self.config.d_sae}, k={self.config.k}"
+        return f"{self.config.sae_id}, d_in={self.config.d_in}, d_sae={self.config.d_sae}"
 
     def save(self, folder: Path, firing_rates: Tensor | None = None) -> None:
         """Write cfg.json and sae_weights.safetensors (and log10 firing rates, as SAELens does) into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG_FILE, self.config.to_json())
-        save_file({name: value.detach().contiguous() for name, value in self.named_parameters()}, folder / WEIGHTS_FILE)
+        write_tensors(
+            folder / WEIGHTS_FILE, {name: value.detach().contiguous() for name, value in self.named_parameters()}
+        )
         if firing_rates is not None:
-            save_file({"sparsity": (firing_rates.float() + 1e-10).log10().contiguous()}, folder / SPARSITY_FILE)
+            write_tensors(folder / SPARSITY_FILE, {"sparsity": (firing_rates.float() + 1e-10).log10().contiguous()})
 
     @classmethod
     def from_pretrained(
@@ -117,7 +147,12 @@ class Sae(nn.Module):
         config = SaeConfig.from_json(
             repository.json(f"{sae_id}/{CONFIG_FILE}"), f"{repository.source}/{sae_id}/{CONFIG_FILE}"
         )
-        return cls.load(repository.file(f"{sae_id}/{WEIGHTS_FILE}"), config).to(device=device, dtype=dtype)
+        sae = cls.load(repository.file(f"{sae_id}/{WEIGHTS_FILE}"), config)
+        exact = None if sae.threshold is None else sae.threshold.data.float()
+        sae = sae.to(device=device, dtype=dtype)
+        if sae.threshold is not None and exact is not None:
+            sae.threshold.data = exact.to(device)  # rounded, it would switch latents on and off
+        return sae
 
     @classmethod
     def load(cls, weights: Path, config: SaeConfig) -> "Sae":
@@ -127,7 +162,7 @@ class Sae(nn.Module):
             "b_enc": (config.d_sae,),
             "W_dec": (config.d_sae, config.d_in),
             "b_dec": (config.d_in,),
-        }
+        } | ({"threshold": (config.d_sae,)} if config.has_threshold else {})
         try:
             with safe_open(weights, framework="pt") as handle:
                 tensors = {name: handle.get_tensor(name) for name in shapes if name in handle.keys()}  # noqa: SIM118

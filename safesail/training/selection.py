@@ -26,6 +26,7 @@ from safesail.progress import bar
 from safesail.recipe import Recipe, SelectSection
 from safesail.run import StageWork, write_json
 from safesail.sae import model as sae_files
+from safesail.sae.config import SaeConfig
 from safesail.sae.model import Sae
 from safesail.training.trainer import variants
 
@@ -54,7 +55,7 @@ def select_stage(
         maxima = {name: _maxima(sae, captured[hook_point], specials) for name, sae in saes.items()}
         for name, (high, low) in maxima.items():
             curve[name] = {
-                "k": saes[name].config.k,
+                **_settings(saes[name].config),
                 **_contrast_numbers(high, low, pairs, recipe.select),
                 **_short(fidelity[name]),
             }
@@ -158,8 +159,12 @@ def _frequencies(distinguishes: Tensor, pairs: list[Pair]) -> list[Tensor]:
     ]
 
 
+def _settings(config: SaeConfig) -> dict[str, Any]:
+    return {"architecture": config.architecture, "k": config.k, "coefficient": config.coefficient}
+
+
 def _short(fidelity: dict[str, Any]) -> dict[str, Any]:
-    return {key: fidelity[key] for key in ("explained_variance", "l0", "dead", "ce_recovered")}
+    return {key: fidelity[key] for key in ("explained_variance", "fvu", "l0", "dead", "ce_recovered")}
 
 
 def _write(work: StageWork, pairs: list[Pair], curve: Any, selected: Any, candidates: Any) -> None:

@@ -1,165 +1,278 @@
-"""The sweep: every sparsity level at every hook point, trained on the same activations.
+"""The sweep: every architecture and sparsity level at every hook point, trained on the same activations.
 
-Reads the harvest. Writes `<hook point>/<variant>/{cfg.json, sae_weights.safetensors}` and `log.jsonl`.
-While it works: `checkpoint.safetensors`, the exact state of the hook point in training.
+Reads the harvest, and the model where activations are streamed. Writes `<hook point>/<variant>/{cfg.json,
+sae_weights.safetensors}` and `logs/<hook point>/<variant>.jsonl`. While it works: `checkpoint-….safetensors`, the exact
+state of the SAEs in training. A finished SAE is its folder.
 """
 
+import contextlib
+import itertools
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safesail.distributed import ALONE, Ranks, device
 from safesail.errors import InputError
+from safesail.files import replacing, write_tensors
 from safesail.lm.activations import Activations
 from safesail.progress import bar
 from safesail.recipe import Recipe
 from safesail.run import StageWork
 from safesail.sae.config import SaeConfig
-from safesail.training.step import SaeTrainer, StepFacts, generator
+from safesail.training.sources import Shards, TrainingSource, scale_and_mean, training_rows
+from safesail.training.step import Diverged, SaeTrainer, StepFacts, total_variance
 
-__all__ = ["batches", "train_stage", "variants"]
+__all__ = ["train_stage", "variants"]
 
-_MEAN_ROWS = 65536
-_FINISHED = "finished"
+_LOG_EVERY = 50
 
 
-def train_stage(recipe: Recipe, activations: Activations, work: StageWork) -> None:
-    """Train all SAEs of the recipe; an interrupted call goes on at the last checkpoint and gives the same bytes."""
-    saved = {}
-    for hook_point in activations.hook_points:
-        if not (work.folder / hook_point / _FINISHED).is_file():
-            _train_hook_point(recipe, activations, hook_point, work.folder)
-        saved[hook_point] = [config.variant for config in variants(recipe, activations, hook_point)]
-    (work.folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    work.facts["saes"] = saved
-    work.facts["n_training_tokens"] = {
-        name: len(_rows(recipe, activations, name)) * recipe.train.epochs for name in activations.hook_points
-    }
+def train_stage(
+    recipe: Recipe,
+    activations: Activations,
+    work: StageWork,
+    source: TrainingSource | None = None,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Train all SAEs of the recipe; an interrupted call goes on at the last checkpoint and gives the same bytes.
+
+    `source` is where the batches come from (default: the harvested activations). With several ranks each trains its own
+    hook points, or all train every SAE on shares of its batches (`runtime.parallel`).
+    """
+    shared = recipe.runtime.parallel == "data"
+    team = ranks if shared else ALONE
+    _check_shares(recipe, team)
+    source = source or Shards(recipe, activations, team)
+    every = activations.hook_points
+    names = every if shared else [every[i] for i in ranks.mine(len(every))]
+    for group in _groups(recipe, activations, names, source.together):
+        unfinished = [config for config in group if not (work.folder / config.sae_id).is_dir()]
+        if unfinished:
+            _Group(recipe, activations, source, unfinished, work.folder, team).train()
+    ranks.wait()
+    if ranks.first:
+        _remove_leftovers(work.folder)
+    work.facts["saes"] = {name: [config.variant for config in variants(recipe, activations, name)] for name in every}
+    work.facts["n_training_tokens"] = {name: source.n_steps(name) * recipe.train.batch_size for name in every}
 
 
 def variants(recipe: Recipe, activations: Activations, hook_point: str) -> list[SaeConfig]:
-    """The configs of the sweep at one hook point, in the recipe's order."""
+    """The configs of the sweep at one hook point: for each architecture each of its sparsity levels."""
     return [
         SaeConfig(
             d_in=activations.facts["d_in"][hook_point],
             d_sae=recipe.train.d_sae,
-            k=k,
             hook_point=hook_point,
+            architecture=architecture,
+            k=None if architecture in ("relu", "jumprelu") else int(level),
+            coefficient=level if architecture in ("relu", "jumprelu") else None,
             model_name=recipe.model.name,
             token_policy=recipe.tokens,
             median_norm=activations.facts["median_norm"][hook_point],
         )
-        for k in recipe.train.k
+        for architecture in recipe.train.architectures
+        for level in recipe.train.levels(architecture)
     ]
 
 
-def batches(rows: Tensor, recipe: Recipe, hook_point: str, start: int) -> Iterator[Tensor]:
-    """The row numbers of every step from step `start` on; each epoch visits the rows in an order of its own."""
-    per_epoch = len(rows) // recipe.train.batch_size
-    for epoch in range(start // per_epoch, recipe.train.epochs):
-        order = rows[torch.randperm(len(rows), generator=generator(recipe.seed, "epoch", hook_point, epoch))]
-        first = start - epoch * per_epoch if epoch == start // per_epoch else 0
-        for i in range(first, per_epoch):
-            yield order[i * recipe.train.batch_size : (i + 1) * recipe.train.batch_size]
+def _groups(
+    recipe: Recipe, activations: Activations, hook_points: list[str], together: bool
+) -> Iterator[list[SaeConfig]]:
+    """The SAEs that are trained at a time: those of a hook point, or all where one pass of the model serves them."""
+    per_hook_point = [variants(recipe, activations, name) for name in hook_points]
+    for configs in [list(itertools.chain(*per_hook_point))] if together else per_hook_point:
+        size = recipe.runtime.saes_at_once or len(configs)
+        for start in range(0, len(configs), max(size, 1)):
+            yield configs[start : start + size]
 
 
-def _train_hook_point(recipe: Recipe, activations: Activations, hook_point: str, folder: Path) -> None:
-    rows = _rows(recipe, activations, hook_point)
-    n_steps = len(rows) // recipe.train.batch_size * recipe.train.epochs
-    scale, mean = _scale_and_mean(activations, hook_point, rows, recipe.seed)
-    trainers = [
-        SaeTrainer(config, recipe.train, mean, recipe.seed, n_steps)
-        for config in variants(recipe, activations, hook_point)
-    ]
-    checkpoint = _Checkpoint(folder / "checkpoint.safetensors", hook_point, recipe.runtime.checkpoint_seconds)
-    done = checkpoint.restore(trainers)
-    log = _Log(folder / "log.jsonl", hook_point, done)
-    with bar(f"train {hook_point}", n_steps * len(trainers), "step") as progress:
-        progress.update(done * len(trainers))
-        for step, indices in enumerate(batches(rows, recipe, hook_point, done), start=done + 1):
-            x = activations.rows(hook_point, indices) * scale
-            for trainer in trainers:
-                facts = trainer.step(x)
-                if not torch.isfinite(facts.fvu):
-                    raise InputError(
-                        f"the loss of {trainer.config.sae_id} is {float(facts.fvu)} at step {step}; "
-                        "lower train.learning_rate and run the same command again."
-                    )
-                if step % 50 == 0 or step == n_steps:
-                    log.write(trainer.config.sae_id, step, facts)
-                progress.update(1)
-            progress.set_postfix_str(f"fvu {float(facts.fvu):.3f} dead {facts.n_dead}", refresh=False)
-            checkpoint.save_if_due(trainers)
-    for trainer in trainers:
-        trainer.finish(scale).save(folder / trainer.config.sae_id)
-    (folder / hook_point / _FINISHED).touch()
+def _check_shares(recipe: Recipe, team: Ranks) -> None:
+    share = SaeTrainer.AUX_STRIDE * team.size
+    if team.size > 1 and recipe.train.batch_size % share:
+        raise InputError(
+            f"train.batch_size = {recipe.train.batch_size} does not divide into {team.size} equal shares of a multiple "
+            f"of {SaeTrainer.AUX_STRIDE} tokens; give a multiple of {share}."
+        )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed attempts left: checkpoints of other groups, and files that safetensors was writing."""
+    for pattern in ("*checkpoint-*", ".tmp*"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+class _Group:
+    """SAEs trained side by side on the same batches; each as if it were alone."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        activations: Activations,
+        source: TrainingSource,
+        configs: list[SaeConfig],
+        folder: Path,
+        ranks: Ranks,
+    ) -> None:
+        self.source, self.folder, self.ranks = source, folder, ranks
+        self.hook_points = tuple(dict.fromkeys(config.hook_point for config in configs))
+        self.n_steps = source.n_steps(self.hook_points[0])
+        self.device = device(recipe.runtime.device)
+        self.scales: dict[str, float] = {}
+        means: dict[str, Tensor] = {}
+        for name in self.hook_points:
+            rows = training_rows(recipe, activations, name)
+            self.scales[name], means[name] = scale_and_mean(activations, name, rows, recipe.seed)
+        self.trainers = [
+            SaeTrainer(c, recipe.train, means[c.hook_point], recipe.seed, self.n_steps, ranks, self.device)
+            for c in configs
+        ]
+        self.checkpoint = _Checkpoint(folder, self.trainers, recipe.runtime.checkpoint_seconds)
+
+    def train(self) -> None:
+        done = self.checkpoint.restore()
+        logs = [_Log(self.folder / "logs" / f"{t.config.sae_id}.jsonl", done, self.ranks.first) for t in self.trainers]
+        label = f"train {self.hook_points[0] if len(self.hook_points) == 1 else f'{len(self.hook_points)} hook points'}"
+        with bar(label, self.n_steps * len(self.trainers), "step") as progress:
+            progress.update(done * len(self.trainers))
+            for step, batch in enumerate(self.source.batches(self.hook_points, done), start=done + 1):
+                for trainer, log, facts in zip(self.trainers, logs, self._step(batch, step), strict=True):
+                    if step % _LOG_EVERY == 0 or step == self.n_steps:
+                        log.write(step, facts)
+                    progress.update(1)
+                    progress.set_postfix_str(f"fvu {facts.fvu:.3f} dead {facts.n_dead}", refresh=False)
+                    assert trainer.n_done == step
+                if self.ranks.first and self.checkpoint.is_due():
+                    self._check_weights()
+                    self.checkpoint.save()
+        assert all(trainer.n_done == self.n_steps for trainer in self.trainers)
+        self._check_weights()
+        self._finish()
+
+    def _step(self, batch: dict[str, Tensor], step: int) -> Iterator[StepFacts]:
+        inputs = {name: x.to(self.device) * self.scales[name] for name, x in batch.items()}
+        totals = {name: total_variance(x, self.ranks) for name, x in inputs.items()}
+        for trainer in self.trainers:
+            name = trainer.config.hook_point
+            if not totals[name].isfinite():
+                raise InputError(
+                    f"{trainer.config.sae_id} cannot take step {step:,} of {self.n_steps:,}: the batch holds values "
+                    f"that are not finite. {self.checkpoint.where()} Make the harvest anew with "
+                    "`safesail harvest RUN --force`."
+                )
+            try:
+                yield trainer.step(inputs[name], totals[name])
+            except Diverged as error:
+                raise self._diverged(trainer, step, str(error)) from error
+
+    def _check_weights(self) -> None:
+        """Nothing is kept of an SAE whose weights have left the finite numbers since the last check."""
+        for trainer in self.trainers:
+            if not all(value.isfinite().all() for value in trainer.parameters().values()):
+                raise self._diverged(trainer, trainer.n_done, "a weight is not finite")
+
+    def _diverged(self, trainer: SaeTrainer, step: int, reason: str) -> InputError:
+        return InputError(
+            f"{trainer.config.sae_id} diverges at step {step:,} of {self.n_steps:,} ({reason}). "
+            f"{self.checkpoint.where()} Lower train.learning_rate and run again."
+        )
+
+    def _finish(self) -> None:
+        if self.ranks.first:
+            for trainer in self.trainers:
+                final = self.folder / trainer.config.sae_id
+                temporary = final.with_name(f".{final.name}.new")
+                shutil.rmtree(temporary, ignore_errors=True)  # of a killed attempt, with files of any name in it
+                trainer.finish(self.scales[trainer.config.hook_point]).save(temporary)
+                temporary.rename(final)
+            self.checkpoint.tidy()
+        self.ranks.wait()
 
 
 class _Checkpoint:
-    """The exact state of all trainers of a hook point, written every so many seconds."""
+    """The exact state of the SAEs in training, written every so many seconds."""
 
-    def __init__(self, path: Path, hook_point: str, seconds: float) -> None:
-        self.path, self.hook_point, self.seconds = path, hook_point, seconds
-        self._last = time.monotonic()
+    def __init__(self, folder: Path, trainers: list[SaeTrainer], seconds: float) -> None:
+        self.folder, self.trainers, self.seconds = folder, trainers, seconds
+        self.ids = [trainer.config.sae_id for trainer in trainers]
+        # of its own for every group, so that trying another saes_at_once leaves what other SAEs have reached
+        self.path = folder / f"checkpoint-{self.ids[0].replace('/', '--')}-and-{len(trainers) - 1}.safetensors"
+        self._last, self._kept, self._saved = time.monotonic(), self.path, 0
 
-    def save_if_due(self, trainers: list[SaeTrainer]) -> None:
-        if time.monotonic() - self._last < self.seconds:
-            return
-        tensors = {f"{i}/{key}": value for i, t in enumerate(trainers) for key, value in t.state().items()}
-        temporary = self.path.with_suffix(".new")
-        save_file(tensors, temporary, metadata={"hook_point": self.hook_point})
-        temporary.rename(self.path)
-        self._last = time.monotonic()
+    def is_due(self) -> bool:
+        return time.monotonic() - self._last >= self.seconds
 
-    def restore(self, trainers: list[SaeTrainer]) -> int:
-        """Load the state if it is this hook point's; returns the number of steps done."""
-        if not self.path.is_file():
+    def save(self) -> None:
+        tensors = {f"{t.config.sae_id}|{key}": value for t in self.trainers for key, value in t.state().items()}
+        write_tensors(self.path, tensors)
+        self._last, self._kept, self._saved = time.monotonic(), self.path, self.trainers[0].n_done
+        self.tidy()
+
+    def restore(self) -> int:
+        """Load the latest state that holds all SAEs; returns the number of steps done.
+
+        It may hold more: SAEs that have been finished since, or that are trained in another group now.
+        """
+        states = [(steps[self.ids[0]], path) for path, steps in self._found() if set(self.ids) <= set(steps)]
+        if not states:
             return 0
-        with safe_open(self.path, framework="pt") as handle:
-            if handle.metadata()["hook_point"] != self.hook_point:
-                return 0
-        tensors = load_file(self.path)
-        for i, trainer in enumerate(trainers):
-            prefix = f"{i}/"
-            trainer.load_state({key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)})
-        return trainers[0].n_done
+        self._saved, self._kept = max(states)
+        with safe_open(self._kept, framework="pt") as handle:
+            for trainer in self.trainers:
+                mine = f"{trainer.config.sae_id}|"
+                names = [key for key in handle.keys() if key.startswith(mine)]  # noqa: SIM118
+                trainer.load_state({key.removeprefix(mine): handle.get_tensor(key) for key in names})
+        return self._saved
 
+    def tidy(self) -> None:
+        """Remove the checkpoints that hold nothing but finished SAEs and what `path` holds too."""
+        for path, steps in self._found():
+            elsewhere = set() if path == self.path else set(self.ids)
+            if all((self.folder / sae_id).is_dir() for sae_id in set(steps) - elsewhere):
+                path.unlink(missing_ok=True)
 
-def _rows(recipe: Recipe, activations: Activations, hook_point: str) -> Tensor:
-    keep = activations.counted(hook_point, recipe.tokens) & ~activations.rows_held_out()
-    rows = keep.nonzero().flatten()
-    if len(rows) < recipe.train.batch_size:
-        raise InputError(
-            f"{len(rows):,} training tokens at {hook_point} do not fill one batch of {recipe.train.batch_size:,}; "
-            "raise corpus.n_tokens or lower train.batch_size."
-        )
-    return rows
+    def _found(self) -> Iterator[tuple[Path, dict[str, int]]]:
+        """The checkpoints in the folder, and {sae_id: steps done} of the SAEs in each."""
+        for path in self.folder.glob("checkpoint-*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):  # another rank has just removed one of its own
+                with safe_open(path, framework="pt") as handle:
+                    names = [key for key in handle.keys() if key.endswith("|n_done")]  # noqa: SIM118
+                    steps = {name.partition("|")[0]: int(handle.get_tensor(name)) for name in names}
+                yield path, steps
 
-
-def _scale_and_mean(activations: Activations, hook_point: str, rows: Tensor, seed: int) -> tuple[float, Tensor]:
-    """The factor that makes the mean norm √d_in, and the mean of the scaled activations: (d_in,)."""
-    sample = rows[torch.randperm(len(rows), generator=generator(seed, "mean", hook_point))[:_MEAN_ROWS]]
-    x = activations.rows(hook_point, sample)
-    scale = x.shape[1] ** 0.5 / float(x.norm(dim=1).double().mean())
-    return scale, x.double().mean(0).float() * scale
+    def where(self) -> str:
+        """What is kept of the work so far, in a sentence."""
+        if not self._saved:
+            return "No checkpoint had been written yet."
+        return f"The last good state, of step {self._saved:,}, is kept in {self._kept}."
 
 
 class _Log:
-    """The training curve, one JSON line per logged step; lines after the step we resume from are dropped."""
+    """The training curve of one SAE, a JSON line per logged step; lines after the step we resume from are dropped."""
 
-    def __init__(self, path: Path, hook_point: str, done: int) -> None:
-        self.path = path
-        if path.is_file():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if not line["sae"].startswith(f"{hook_point}/") or line["step"] <= done]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    def __init__(self, path: Path, done: int, active: bool) -> None:
+        self.path, self.active = path, active
+        if active and path.is_file():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= done)
+            with replacing(path, len(kept)) as temporary:
+                temporary.write_text(kept, encoding="utf-8")
 
-    def write(self, sae_id: str, step: int, facts: StepFacts) -> None:
-        numbers = {"fvu": float(facts.fvu), "aux": float(facts.auxiliary), "dead": facts.n_dead}
-        with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"sae": sae_id, "step": step, **numbers}) + "\n")
+    def write(self, step: int, facts: StepFacts) -> None:
+        if not self.active:
+            return
+        numbers = {"fvu": facts.fvu, "l0": facts.l0, "aux": facts.auxiliary, "dead": facts.n_dead}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"step": step, **numbers}) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"{self.path} could not be written: {error.strerror}; free some space and run the same command: what "
+                "is finished is kept."
+            ) from error
