@@ -231,15 +231,21 @@ def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = F
     from safesail import progress
     from safesail.pipeline import Pipeline
 
-    progress.quiet(silent or as_json)
-    say = (lambda line: None) if silent or as_json else lambda line: print(line, flush=True)
+    first = started.ranks.first  # of torchrun's processes one speaks
+    mute = silent or as_json or not first
+    progress.quiet(mute)
+    say = (lambda line: None) if mute else lambda line: print(line, flush=True)
     try:
         Pipeline(started, say).make(until, force)
     except KeyboardInterrupt:
         print("\nsafesail: stopped. Nothing is lost: the same command goes on from here.", file=sys.stderr)
         raise typer.Exit(130) from None
+    if not first:
+        return
     if as_json:
         print(json.dumps(started.record(until)))
+    elif until == "select":
+        _print_curve(started)
     elif until == "build":
         _print_release(started)
 
@@ -257,6 +263,15 @@ def _print_plan(planned: Any, until: str, as_json: bool, again: list[str], force
         lines = [*plan_lines(plan), next_line(plan, again, planned.folder)]
         print(json.dumps(plan.to_json()) if as_json else "\n".join(lines))
     raise typer.Exit(0 if plan.fits else 2)
+
+
+def _print_curve(started: Any) -> None:
+    from safesail.release.summary import curve_lines
+
+    curve = started.json_of("select", "selection.json")["curve"]
+    print("\nReconstruction loss and concept contrast against sparsity, on held-out documents:\n")
+    print("\n".join(curve_lines([{"sae_id": sae_id, **row} for sae_id, row in curve.items()])))
+    print(f"\nnext: safesail build {started.folder}")
 
 
 def _print_release(started: Any) -> None:

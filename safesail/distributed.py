@@ -12,6 +12,8 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
+from safesail.errors import InputError
+
 __all__ = ["ALONE", "Ranks", "device", "ranks"]
 
 
@@ -75,4 +77,6 @@ def device(name: str = "auto") -> torch.device:
     """The device a recipe asks for: `auto` is this rank's GPU where there is one, else the CPU."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError('runtime.device = "cuda", but torch sees no GPU; add --set runtime.device=auto.')
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

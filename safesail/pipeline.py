@@ -169,7 +169,8 @@ class Pipeline:
         recipe, model = self.recipe, self._model
         role_codes(recipe.tokens)
         with bar("corpus", recipe.corpus.n_tokens, "token") as progress:
-            pieces = gather(recipe.corpus, self._taxonomy, self._tokenizer, recipe.seed, progress.update)
+            roles = bool(recipe.tokens.roles)
+            pieces = gather(recipe.corpus, self._taxonomy, self._tokenizer, recipe.seed, progress.update, roles=roles)
         n_tokens = sum(len(piece.ids) for piece in pieces)
         with bar("harvest", n_tokens, "token") as progress:
             facts = harvest(

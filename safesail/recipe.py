@@ -116,7 +116,7 @@ class HarvestSection(Section):
 
 
 class TrainSection(Section):
-    """The sweep: per hook point one SAE for each architecture and each of its sparsity levels, from the same activations.
+    """The sweep: per hook point one SAE per architecture and sparsity level, all trained on the same activations.
 
     Inputs are scaled so that their mean norm is √d_in, so the settings below mean the same at every hook point.
     """

@@ -197,8 +197,10 @@ class Apart:
 
     def outcome(self, seconds: float = 90) -> Outcome:
         """Wait for the end of the process."""
+        said: tuple[Any, str, str] = None, "said nothing in time", ""
         try:
-            said = self._receiver.recv() if self._receiver.poll(seconds) else (None, "said nothing in time", "")
+            if self._receiver.poll(seconds):
+                said = self._receiver.recv()
         except EOFError:
             said = None, "ended without a word", ""
         self.process.join(10)
@@ -214,11 +216,16 @@ def apart(function: Callable[..., Any], *args: Any) -> Outcome:
     return Apart(function, *args).outcome()
 
 
-def in_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Outcome]:
-    """Run `function(ranks, *args)` in so many processes joined over loopback; how each ended."""
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def in_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Outcome]:
+    """Run `function(ranks, *args)` in so many processes joined over loopback; how each ended."""
+    port = free_port()
     started = [Apart(_as_rank, rank, size, port, function, args) for rank in range(size)]
     return [process.outcome() for process in started]
 

@@ -130,6 +130,14 @@ def test_conversations_that_cannot_be_given_to_roles_are_refused(tiny_model: Pat
         conversation(tokenizer, [{"role": "owner", "content": "x"}])
 
 
+def test_without_roles_a_template_may_rewrite_earlier_turns(tiny_model: Path):
+    last_only = "{% for m in messages %}{% if loop.last %}{{ m['content'] }}{% endif %}{% endfor %}"
+    rewriting = with_template(tiny_model, last_only)
+    ids, roles = conversation(rewriting, CHAT, roles=False)
+    assert rewriting.decode(ids) == CHAT[-1]["content"]
+    assert roles == [0] * len(ids)
+
+
 def test_which_roles_count_by_hand():
     ids, norms = torch.arange(10, 17), torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, float("nan"), float("inf")])
     roles = torch.tensor([0, 1, 2, 3, 4, 3, 0], dtype=torch.int8)

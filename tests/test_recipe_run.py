@@ -59,10 +59,10 @@ def test_every_shipped_recipe_is_valid_and_bears_its_file_name(name: str):
     ("override", "start", "known"),
     [
         ("sed=1", "sed is not a setting", "collect, corpus, eval, explain, harvest, model, name"),
-        ("train.kk=4", "train.kk is not a setting", "architecture, aux_coefficient, aux_k, batch_size, d_sae"),
-        ("model.licens=x", "model.licens is not a setting", "base_model, licence, note, path, revision"),
+        ("train.kk=4", "train.kk is not a setting", "architectures, aux_coefficient, aux_k, bandwidth, batch_size"),
+        ("model.licens=x", "model.licens is not a setting", "base_model, dtype, licence, note, path, revision"),
         ("runtime.thread=1", "runtime.thread is not a setting", "api_key_env, base_url, checkpoint_seconds"),
-        ("tokens.sink=1", "tokens.sink is not a setting", "exclude_special, sink_norm_multiple"),
+        ("tokens.sink=1", "tokens.sink is not a setting", "exclude_special, roles, sink_norm_multiple"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_known_ones(load: Any, override: str, start: str, known: str):
@@ -91,14 +91,21 @@ def test_all_mistakes_are_listed_at_once(load: Any):
     [
         ("train.k=[4, 65]", "train: k = 65 exceeds d_sae = 64"),
         ("train.d_sae=7", "train: k = 8 exceeds d_sae = 7"),
-        ("train.k=[4, 4]", "train: k names one sparsity level twice"),
-        ("train.k=[]", r"train\.k: .* at least 1 item"),
+        ("train.k=[4, 4]", "train: k names one value twice"),
+        ("train.k=[]", r"train: architecture topk needs k, as train\.k = \[32, 64\]"),
         ("train.k=[0]", r"train\.k\.0: .* greater than or equal to 1 \(given: 0\)"),
         ("train.k=many", r"train\.k: .* \(given: 'many'\)"),
         ("train.d_sae=2.5", r"train\.d_sae: .*integer.* \(given: 2\.5\)"),
         ("train.learning_rate=0", r"train\.learning_rate: .* greater than 0"),
         ("train.warmup=1.5", r"train\.warmup: .* less than or equal to 1 \(given: 1\.5\)"),
-        ("train.architecture=gated", r"train\.architecture: .*'topk' \(given: 'gated'\)"),
+        ("train.architectures=[gated]", r"train\.architectures: .* valid tuple"),
+        ('train.architectures=["gated"]', r"train\.architectures\.0: .*'matryoshka' \(given: 'gated'\)"),
+        ('train.architectures=["relu"]', r"train: architecture relu needs l1, as train\.l1 = \[0\.1\]"),
+        ("train.architectures=[]", r"train\.architectures: .* at least 1 item"),
+        ("train.widths=[16, 65]", "train: widths holds 65, more than d_sae = 64"),
+        ("train.l1=[0]", r"train\.l1\.0: .* greater than 0"),
+        ("train.epochs=2:train.stream_tokens=10000", "train: epochs is for harvested activations"),
+        ("train.stream_tokens=10000:train.buffer_tokens=9", "train: buffer_tokens = 9 does not fill a batch of"),
         ("corpus.n_held_out_tokens=501", "corpus: n_held_out_tokens = 501 is more than half of n_tokens = 1000"),
         ("corpus.n_tokens=0", r"corpus\.n_tokens: .* greater than or equal to 1"),
         ("corpus.sources=[]", r"corpus\.sources: .* at least 1 item"),
@@ -116,7 +123,7 @@ def test_all_mistakes_are_listed_at_once(load: Any):
 )
 def test_a_value_that_cannot_be_is_refused_in_a_sentence(load: Any, override: str, message: str):
     with pytest.raises(InputError, match=message):
-        load(override)
+        load(*override.split(":"))
 
 
 def test_a_missing_key_is_named(recipe_file: Path):

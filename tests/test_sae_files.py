@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from safesail import Sae, SaeConfig
 from safesail.errors import InputError
-from safesail.recipe import TokenPolicy
+from safesail.recipe import Architecture, TokenPolicy
+from safesail.sae.model import read
 
 MLP, RESIDUAL = "layers.9.mlp", "layers.9"
 SELECTED, OTHER = "layers.9.mlp/topk-k3-w16", "layers.9.mlp/topk-k2-w16"
@@ -41,6 +42,22 @@ def release(tmp_path: Path) -> Path:
     }
     (tmp_path / "config.json").write_text(json.dumps(manifest))
     return tmp_path
+
+
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def sae_of(architecture: Architecture, d_in: int = 4, d_sae: int = 16) -> Sae:
+    """A random SAE with the settings that its architecture has; thresholds from 0.2 to 2."""
+    penalised = architecture in ("relu", "jumprelu")
+    level: dict[str, Any] = {"coefficient": 0.002} if penalised else {"k": 3}
+    config = SaeConfig(d_in=d_in, d_sae=d_sae, hook_point=MLP, architecture=architecture, **level)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    threshold = {"threshold": torch.linspace(0.2, 2, d_sae)} if config.has_threshold else {}
+    return Sae(config, **weights, **threshold)
 
 
 def same(a: Sae, b: Sae) -> bool:
@@ -141,12 +158,31 @@ def test_half_precision_activations_are_encoded_in_the_precision_of_the_weights(
     assert torch.equal(sae.encode(x), sae.encode(x.float()))
 
 
+def test_the_latents_of_every_architecture_by_hand():
+    """W_enc is the identity, so that the pre-activations are x − b_dec + b_enc = x + 1."""
+    expected = {
+        "relu": [[3, 1.5, 0.25, 0], [0, 0, 0, 0.5]],
+        "topk": [[3, 1.5, 0, 0], [0, 0, 0, 0.5]],
+        "jumprelu": [[3, 0, 0.25, 0], [0, 0, 0, 0.5]],
+        "batchtopk": [[3, 0, 0.25, 0], [0, 0, 0, 0.5]],
+        "matryoshka": [[3, 0, 0.25, 0], [0, 0, 0, 0.5]],
+    }
+    x = torch.tensor([[2.0, 0.5, -0.75, -3.0], [-2.0, -1.0, -4.0, -0.5]])
+    for architecture in ARCHITECTURES:
+        config = SaeConfig(d_in=4, d_sae=4, hook_point=MLP, architecture=architecture, k=2)
+        threshold = torch.tensor([2.0, 1.5, 0.0, -5.0]) if config.has_threshold else None  # 1.5 is not above 1.5
+        sae = Sae(config, torch.eye(4), torch.full((4,), 2.0), 2 * torch.eye(4), torch.ones(4), threshold)
+        assert sae.encode(x).tolist() == expected[architecture], architecture
+        assert sae(x).tolist() == [[2 * z + 1 for z in row] for row in expected[architecture]]
+
+
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
 def test_cfg_json_has_the_keys_of_saelens():
     policy = TokenPolicy(exclude_special=False, sink_norm_multiple=7.0)
-    content = random_sae(model_name="org/model", token_policy=policy, median_norm=2.5).config.to_json()
+    config = random_sae(model_name="org/model", token_policy=policy, median_norm=2.5).config
+    content = json.loads(json.dumps(config.to_json()))
     metadata = content.pop("metadata")
     assert content == {
         "architecture": "topk",
@@ -162,7 +198,7 @@ def test_cfg_json_has_the_keys_of_saelens():
     }
     assert metadata["model_name"] == "org/model"
     assert metadata["hook_point"] == MLP
-    assert metadata["token_policy"] == {"exclude_special": False, "sink_norm_multiple": 7.0}
+    assert metadata["token_policy"] == {"exclude_special": False, "sink_norm_multiple": 7.0, "roles": []}
     assert metadata["median_norm"] == 2.5
     assert metadata["prepend_bos"] is False
     assert metadata["sae_lens_version"].startswith("6.")  # else SAELens reads the pre-6.0 format and drops the rest
@@ -182,11 +218,94 @@ def test_cfg_json_names_the_hook_in_transformer_lens_words(hook_point: str, name
 
 
 def test_everything_in_the_config_comes_back(tmp_path: Path):
-    policy = TokenPolicy(exclude_special=False, sink_norm_multiple=None)
+    policy = TokenPolicy(exclude_special=False, sink_norm_multiple=None, roles=("user", "assistant"))
     sae = random_sae(model_name="org/model", token_policy=policy, median_norm=2.5)
     sae.save(tmp_path)
     data = json.loads((tmp_path / "cfg.json").read_text())
     assert SaeConfig.from_json(data, "cfg.json") == sae.config
+
+
+@every_architecture
+def test_every_architecture_comes_back_from_its_folder(architecture: Architecture, tmp_path: Path):
+    sae = sae_of(architecture)
+    sae.save(tmp_path)
+    names = {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if sae.threshold is not None else set())
+    assert set(load_file(tmp_path / "sae_weights.safetensors")) == names
+    assert same(read(tmp_path), sae)
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(read(tmp_path).encode(x), sae.encode(x))
+
+
+def test_cfg_json_says_what_saelens_should_read_an_architecture_as():
+    contents = {architecture: sae_of(architecture).config.to_json() for architecture in ARCHITECTURES}
+    assert {name: content["architecture"] for name, content in contents.items()} == {
+        "relu": "standard",
+        "topk": "topk",
+        "batchtopk": "jumprelu",
+        "jumprelu": "jumprelu",
+        "matryoshka": "jumprelu",
+    }
+    assert [name for name, content in contents.items() if "k" in content] == ["topk"]
+    assert {name: content["metadata"]["architecture"] for name, content in contents.items()} == {
+        name: name for name in ARCHITECTURES
+    }
+    assert [content["metadata"]["k"] for content in contents.values()] == [None, 3, 3, None, 3]
+    assert [content["metadata"]["coefficient"] for content in contents.values()] == [0.002, None, None, 0.002, None]
+
+
+@every_architecture
+def test_saelens_reads_every_architecture(architecture: Architecture, tmp_path: Path):
+    sae_lens = pytest.importorskip("sae_lens")
+    sae = sae_of(architecture, d_in=64, d_sae=512)
+    sae.save(tmp_path)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path)
+    assert theirs.cfg.metadata.hook_point == MLP
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(3))
+    latents = sae.encode(x)
+    assert (latents > 0).sum(1).float().mean() > 2
+    torch.testing.assert_close(theirs.encode(x), latents, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(theirs(x), sae(x), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("saelens", "ours"), [("standard", "relu"), ("jumprelu", "jumprelu"), ("topk", "topk"), ("gated", None)]
+)
+def test_a_config_of_saelens_alone_is_read(saelens: str, ours: Architecture | None):
+    data = {"architecture": saelens, "d_in": 4, "d_sae": 16, "k": 3, "metadata": {"hf_hook_name": f"model.{MLP}"}}
+    if ours is None:
+        with pytest.raises(
+            InputError, match=r"x/cfg\.json: architecture 'gated' is unknown; known: standard, topk, jumpr"
+        ):
+            SaeConfig.from_json(data, "x/cfg.json")
+    else:
+        config = SaeConfig.from_json(data, "x/cfg.json")
+        assert (config.architecture, config.hook_point, config.k) == (ours, MLP, 3 if ours == "topk" else None)
+
+
+@pytest.mark.parametrize("metadata", ["topk", "relu", "something else", None])
+def test_what_saelens_calls_an_sae_decides_how_it_computes(metadata: str | None):
+    data = {"architecture": "jumprelu", "d_in": 4, "d_sae": 16, "metadata": {"architecture": metadata, "k": 3}}
+    assert SaeConfig.from_json(data, "cfg.json").architecture == "jumprelu"
+    data["metadata"] = {"architecture": "matryoshka", "k": 3}
+    assert SaeConfig.from_json(data, "cfg.json").architecture == "matryoshka"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_threshold_is_never_rounded(dtype: torch.dtype, tmp_path: Path):
+    """In bfloat16, 1.001 would become 1 and switch on what lies between."""
+    sae = sae_of("jumprelu")
+    with torch.no_grad():
+        assert sae.threshold is not None
+        sae.threshold.copy_(1 + torch.arange(16) * 0.001)
+    sae.save(tmp_path / sae.config.sae_id)
+    manifest = {"selected": {MLP: sae.config.sae_id}, "saes": [{"id": sae.config.sae_id}]}
+    (tmp_path / "config.json").write_text(json.dumps(manifest))
+    loaded = Sae.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.W_enc.dtype == loaded.b_enc.dtype == loaded.W_dec.dtype == loaded.b_dec.dtype == dtype
+    assert loaded.threshold is not None
+    assert loaded.threshold.dtype == torch.float32
+    assert torch.equal(loaded.threshold, sae.threshold)
+    assert loaded(torch.randn(3, 4)).dtype == dtype
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path):
@@ -210,6 +329,27 @@ def test_sparsity_is_the_log10_firing_rate(tmp_path: Path):
 def test_the_variant_names_architecture_sparsity_and_width(d_sae: int, variant: str):
     config = SaeConfig(d_in=4, d_sae=d_sae, k=32, hook_point=MLP)
     assert (config.variant, config.sae_id) == (variant, f"{MLP}/{variant}")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "level", "variant"),
+    [
+        ("batchtopk", {"k": 64}, "batchtopk-k64-w4608"),
+        ("matryoshka", {"k": 8}, "matryoshka-k8-w4608"),
+        ("relu", {"coefficient": 0.1}, "relu-c0.1-w4608"),
+        ("jumprelu", {"coefficient": 0.002}, "jumprelu-c0.002-w4608"),
+        ("jumprelu", {"coefficient": 3e-6}, "jumprelu-c3e-06-w4608"),
+        ("jumprelu", {}, "jumprelu-w4608"),
+    ],
+)
+def test_the_variant_of_every_architecture(architecture: Architecture, level: dict[str, Any], variant: str):
+    config = SaeConfig(d_in=4, d_sae=4608, hook_point=MLP, architecture=architecture, **level)
+    assert config.variant == variant
+
+
+def test_a_topk_config_needs_k():
+    with pytest.raises(ValueError, match="a topk SAE needs k"):
+        SaeConfig(d_in=4, d_sae=16, hook_point=MLP)
 
 
 # --- damage -------------------------------------------------------------------------------------------------------
@@ -253,6 +393,7 @@ def removed(folder: Path) -> None:
         (weights_changed(lambda t: t.update(W_enc=torch.ones(16, 4))), r"W_enc is \(16, 4\), but .* \(4, 16\)"),
         (weights_changed(lambda t: t["W_enc"].__setitem__((0, 0), math.nan)), "W_enc holds values that are not finite"),
         (weights_changed(lambda t: t["b_enc"].__setitem__(3, -math.inf)), "b_enc holds values that are not finite"),
+        (weights_changed(lambda t: t["b_dec"].__setitem__(1, math.inf)), "b_dec holds values that are not finite"),
         (truncated, "not a readable safetensors file"),
         (emptied, "not a readable safetensors file"),
         (removed, r"no file .*sae_weights\.safetensors"),
@@ -265,6 +406,13 @@ def test_damaged_weights_are_refused_with_the_file_named(release: Path, damage: 
     assert "sae_weights.safetensors" in str(caught.value)
 
 
+def test_a_jumprelu_without_a_threshold_is_refused(tmp_path: Path):
+    sae_of("jumprelu").save(tmp_path)
+    weights_changed(lambda t: t.pop("threshold"))(tmp_path)
+    with pytest.raises(InputError, match=r"sae_weights\.safetensors has no tensor threshold; it holds W_dec, W_enc"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -273,7 +421,7 @@ def test_damaged_weights_are_refused_with_the_file_named(release: Path, damage: 
         ({"k": 17}, "k = 17 exceeds d_sae = 16"),
         ({"k": 0}, "greater than or equal to 1"),
         ({"k": "many"}, "valid integer"),
-        ({"architecture": "gated"}, "architecture 'gated' is unknown; known: topk"),
+        ({"architecture": "gated"}, "architecture 'gated' is unknown; known: standard, topk, jumprelu"),
         ({"d_in": None}, "lacks the key 'd_in'"),
         ({"k": None}, "lacks the key 'k'"),
         ({"normalize_activations": "layer_norm"}, "'normalize_activations': 'layer_norm'"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from safesail.sae import kernels
-from safesail.sae.sparse import Codes, above, decode, entries, jump, largest, topk
+from safesail.sae.sparse import Codes, above, decode, entries, join, jump, largest, topk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,6 +78,15 @@ def test_other_values_keep_the_entries_and_their_order():
     assert other.dense(4).tolist() == [[2, 0, 0, 1], [0, 0, 0, 0], [0, 4, 0, 3]]
     assert codes.values.tolist() == [2, 0, 5, 1]
     assert codes.active().by_latent(4) is not order
+
+
+def test_joined_codes_by_hand():
+    parts = [three_tokens(), codes_of([], [], [0, 0]), codes_of([7.0], [2], [0, 1])]
+    joined = join(parts)
+    assert joined.offsets.tolist() == [0, 2, 2, 4, 4, 5]
+    assert joined.offsets.dtype == joined.indices.dtype == torch.int32
+    assert joined.dense(4).tolist() == [[0, 0, 0, 2], [0, 0, 0, 0], [0, 1, 0, 5], [0, 0, 0, 0], [0, 0, 7, 0]]
+    assert join(parts[:1]).dense(4).tolist() == parts[0].dense(4).tolist()
 
 
 def test_to_a_device_keeps_everything():
@@ -156,7 +165,7 @@ MATRICES: dict[str, Callable[[int, int], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 1), (40, 30), (300, 700), (512, 1024)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 1), (40, 30), (300, 700), (256, 512)])
 @pytest.mark.parametrize("kind", MATRICES)
 def test_the_nth_largest_equals_sorting(kind: str, shape: tuple[int, int]):
     """The two largest matrices are larger than the sample that is looked at first."""
@@ -242,59 +251,56 @@ def dense_jump(pre: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     return pre * step - threshold.detach() * moved, step - moved
 
 
+def all_of(a: Tensor, _: Tensor) -> Tensor:
+    return torch.ones_like(a, dtype=torch.bool)
+
+
+def above_the_151st(a: Tensor, _: Tensor) -> Tensor:
+    return a > a.flatten().sort(descending=True).values[150]
+
+
+Choice = Callable[[Tensor, Tensor], Codes]
+Mask = Callable[[Tensor, Tensor], Tensor]
 # {path: (the chosen entries, the same as a dense mask)}; the last two hold entries that the ReLU or H sets to zero
-PATHS: dict[str, tuple[Callable[[Tensor, Tensor], Codes], Callable[[Tensor, Tensor], Tensor]]] = {
+PATHS: dict[str, tuple[Choice, Mask]] = {
     "topk 1": (lambda a, _: topk(a, 1), lambda a, _: a == a.max(1, keepdim=True).values),
     "topk 4": (lambda a, _: topk(a, 4), lambda a, _: dense_topk(a, 4) != 0),
     "relu": (lambda a, _: above(a, 0.0), lambda a, _: a > 0),
-    "batchtopk": (
-        lambda a, _: above(a, largest(a, 151)),
-        lambda a, _: a > a.flatten().sort(descending=True).values[150],
-    ),
-    "topk of all": (lambda a, _: topk(a, 24), lambda a, _: torch.ones_like(a, dtype=torch.bool)),
-    "jumprelu": (lambda a, t: above(a, t - EPSILON / 2), lambda a, t: torch.ones_like(a, dtype=torch.bool)),
+    "batchtopk": (lambda a, _: above(a, largest(a, 151)), above_the_151st),
+    "topk of all": (lambda a, _: topk(a, 24), all_of),
+    "jumprelu": (lambda a, t: above(a, t - EPSILON / 2), all_of),
 }
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 5e-4)])
 def test_values_and_gradients_equal_dense_autograd(path: str, dtype: torch.dtype, tolerance: float):
-    """The loss decodes the same entries twice, with other values, and counts them, so that their order is used again."""
+    """The loss decodes the same entries twice, with other values, so that their order by latent is used again."""
     x, target = random(50, 8, seed=9, dtype=dtype), random(50, 8, seed=8, dtype=dtype)
     choose, mask = PATHS[path]
 
     def loss_and_gradients(dense: bool) -> list[Tensor]:
-        tensors = [
-            random(24, 8, seed=1, dtype=dtype),
-            random(24, seed=3, dtype=dtype),
-            random(24, 8, seed=2, dtype=dtype),
-        ]
-        tensors += [random(8, seed=4, dtype=dtype), random(24, seed=5, dtype=dtype).abs()]
-        encoder, b_enc, W_dec, b_dec, threshold = leaves = [tensor.requires_grad_() for tensor in tensors]
+        shapes = [(24, 8), (24,), (24, 8), (8,), (24,)]
+        leaves = [random(*shape, seed=i, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes)]
+        encoder, b_enc, W_dec, b_dec, threshold = leaves
         centred = x - b_dec
-        with torch.no_grad():
-            pre = centred @ encoder.T + b_enc
+        pre = (centred @ encoder.T + b_enc).detach()
         if dense:
             a = torch.where(mask(pre, threshold), centred @ encoder.T + b_enc, 0)
-            z, count = dense_jump(a, threshold) if path == "jumprelu" else (a.relu(), a.relu().sqrt())
+            z, penalised = dense_jump(a, threshold) if path == "jumprelu" else (a.relu(), a.relu())
             first, second = z @ W_dec, z.square() @ W_dec
         else:
             codes = entries(choose(pre, threshold), centred.detach(), encoder, b_enc, b_dec)
+            z = penalised = codes.values.relu()
             if path == "jumprelu":
-                z, count = jump(codes.values, threshold[codes.indices.long()], EPSILON)
-            else:
-                z, count = codes.values.relu(), codes.values.relu().sqrt()
+                z, penalised = jump(codes.values, threshold[codes.indices], EPSILON)
             first, second = (decode(codes.with_values(values), W_dec) for values in (z, z.square()))
-        count = count[count > 0] if path != "jumprelu" else count  # √ has no gradient at 0
-        loss = ((first + b_dec - target).square().sum() + (second - target).square().sum()) / 500 + 0.1 * count.sum()
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=path != "jumprelu")
-        return [loss, *(gradient for gradient in gradients if gradient is not None)]
+        loss = (first + b_dec - target).square().sum() + (second - target).square().sum() + penalised.sum()
+        return [loss, *torch.autograd.grad(loss / 500, leaves if path == "jumprelu" else leaves[:4])]
 
-    sparse, dense = loss_and_gradients(dense=False), loss_and_gradients(dense=True)
-    assert len(sparse) == len(dense) == (6 if path == "jumprelu" else 5)
-    for mine, expected in zip(sparse, dense, strict=True):
-        assert expected.abs().max() > 0.1
-        torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance)
+    for sparse, dense in zip(loss_and_gradients(dense=False), loss_and_gradients(dense=True), strict=True):
+        assert dense.abs().max() > 0.1
+        torch.testing.assert_close(sparse, dense, rtol=tolerance, atol=tolerance)
 
 
 # --- JumpReLU -----------------------------------------------------------------------------------------------------

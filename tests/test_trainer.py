@@ -5,6 +5,7 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ from safesail.training.trainer import train_stage
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIRST, SECOND = list(D_IN)[:2]
-UNHURRIED = {"checkpoint_seconds": 1e9}
+UNHURRIED: dict[str, Any] = {"checkpoint_seconds": 1e9}
 """No checkpoint at all."""
 
 
@@ -138,12 +139,12 @@ def uninterrupted(undisturbed, as_logged) -> dict[str, dict[str, bytes]]:
 @pytest.mark.parametrize(
     ("kind", "at_once", "then", "stride"),
     [
-        ("shards", None, None, 17),
+        ("shards", None, None, 23),
         ("shards", None, 1, 41),
-        ("shards", 1, None, 45),
-        ("streamed", None, None, 23),
-        ("streamed", 2, 3, 40),
-        ("streamed", None, 4, 43),
+        ("shards", 1, None, 53),
+        ("streamed", None, None, 31),
+        ("streamed", 2, 3, 43),
+        ("streamed", None, 4, 37),
     ],
 )
 def test_a_killed_sweep_goes_on_to_the_same_bytes(
@@ -184,6 +185,13 @@ def test_what_is_finished_is_not_trained_again(uninterrupted, harvest: Path, tmp
     assert files_of(tmp_path) == uninterrupted["shards"]
 
 
+def test_the_checkpoint_of_a_finished_group_goes_before_the_next_one_comes(harvest: Path, tmp_path: Path):
+    moment = f"os.rename .checkpoint-{SECOND}--topk-k2-w24-and-2.safetensors.new"
+    assert apart(train_until, moment, resumed("shards"), harvest, tmp_path).exit_code == -9
+    assert len(weights_of(tmp_path)) == 3
+    assert not checkpoints(tmp_path)
+
+
 def test_fewer_saes_at_once_keep_what_was_done_with_more(uninterrupted, harvest: Path, tmp_path: Path, monkeypatch):
     """The three SAEs of the first hook point were at their ninth step when they were killed."""
     assert apart(train_until, "os.mkdir .topk-k2-w24.new", resumed("shards"), harvest, tmp_path).exit_code == -9
@@ -196,9 +204,9 @@ def test_fewer_saes_at_once_keep_what_was_done_with_more(uninterrupted, harvest:
 
 def test_a_sweep_killed_over_and_over_ends_with_the_same_bytes(uninterrupted, harvest: Path, tmp_path: Path):
     deaths = 0
-    while apart(train_until, 30, resumed("shards"), harvest, tmp_path).exit_code == -9:
+    while apart(train_until, 41, resumed("shards"), harvest, tmp_path).exit_code == -9:
         deaths += 1
-    assert deaths >= 3
+    assert deaths >= 2
     assert files_of(tmp_path) == uninterrupted["shards"]
 
 

@@ -63,10 +63,13 @@ def gather(
     tokenizer: Any,
     seed: int,
     progress: Callable[[int], Any] | None = None,
+    *,
+    roles: bool = True,
 ) -> list[Piece]:
     """The pieces of a recipe's corpus: each source fills its share of the tokens, then all are shuffled together.
 
-    A text is taken once, by the first source that comes to it, so that sources may read the same file.
+    A text is taken once, by the first source that comes to it, so that sources may read the same file. `roles`: as in
+    `encoded`.
     """
     total_weight = sum(source.weight for source in section.sources)
     pieces: list[Piece] = []
@@ -74,7 +77,8 @@ def gather(
     for source in section.sources:
         quota = round(section.n_tokens * source.weight / total_weight)
         texts = documents(source, taxonomy, seed)
-        pieces += _fill(section, source, quota, texts, taken, tokenizer, progress or (lambda n: None))
+        chunks = encoded(texts, tokenizer, roles=roles)
+        pieces += _fill(section, source, quota, chunks, taken, progress or (lambda n: None))
     random.Random(seed).shuffle(pieces)
     return pieces
 
@@ -91,8 +95,13 @@ def documents(source: Source, taxonomy: Taxonomy, seed: int) -> Iterator[Documen
             yield document._replace(id=str(row.get("id") or _made_id(source, number, document)))
 
 
-def encoded(found: Iterable[Document], tokenizer: Any) -> Iterator[list[tuple[Document, list[int], list[int]]]]:
-    """Documents with the ids and role codes of their tokens, in chunks: texts are fastest tokenised together."""
+def encoded(
+    found: Iterable[Document], tokenizer: Any, *, roles: bool = True
+) -> Iterator[list[tuple[Document, list[int], list[int]]]]:
+    """Documents with the ids and role codes of their tokens, in chunks: texts are fastest tokenised together.
+
+    Without `roles` (no policy asks for them) the tokens of conversations have none, as those of texts.
+    """
     for chunk in _chunks(found):
         texts = [document.content for document in chunk if isinstance(document.content, str)]
         ids_of_texts = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
@@ -102,7 +111,7 @@ def encoded(found: Iterable[Document], tokenizer: Any) -> Iterator[list[tuple[Do
                 ids = next(ids_of_texts)
                 rows.append((document, ids, [0] * len(ids)))
             else:
-                rows.append((document, *_conversation(tokenizer, document)))
+                rows.append((document, *_conversation(tokenizer, document, roles)))
         yield rows
 
 
@@ -151,13 +160,12 @@ def _fill(
     section: CorpusSection,
     source: Source,
     quota: int,
-    texts: Iterator[Document],
+    chunks: Iterator[list[tuple[Document, list[int], list[int]]]],
     taken: set[bytes],
-    tokenizer: Any,
     progress: Callable[[int], Any],
 ) -> list[Piece]:
     pieces, n_tokens = [], 0
-    for chunk in encoded(texts, tokenizer):
+    for chunk in chunks:
         before = n_tokens
         for document, ids, roles in chunk:
             if n_tokens >= quota:
@@ -192,10 +200,10 @@ def _content(source: Source, row: dict[str, Any]) -> str | list[dict[str, Any]] 
     )
 
 
-def _conversation(tokenizer: Any, document: Document) -> tuple[list[int], list[int]]:
+def _conversation(tokenizer: Any, document: Document, roles: bool) -> tuple[list[int], list[int]]:
     assert not isinstance(document.content, str)
     try:
-        return conversation(tokenizer, document.content)
+        return conversation(tokenizer, document.content, roles=roles)
     except InputError as error:
         raise InputError(f"document {document.id}: {error}") from error
 

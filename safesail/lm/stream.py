@@ -74,7 +74,7 @@ class Stream:
         number = 0
         while True:
             empty = True
-            for chunk in encoded(self._training(source, number), self.tokenizer):
+            for chunk in encoded(self._training(source, number), self.tokenizer, roles=bool(self.recipe.tokens.roles)):
                 for document, ids, roles in chunk:
                     if pieces := cut(self.recipe.corpus, source, document.id, ids, roles):
                         empty = False

@@ -62,21 +62,25 @@ def role_codes(policy: TokenPolicy) -> list[int]:
 
 
 def conversation(
-    tokenizer: Any, messages: list[dict[str, Any]], *, answer: bool = False
+    tokenizer: Any, messages: list[dict[str, Any]], *, answer: bool = False, roles: bool = True
 ) -> tuple[list[int], list[int]]:
     """The ids of a conversation in the chat template, and the role code of each.
 
     A token belongs to the message whose rendering it begins in; what the template puts before the first message by
     itself (a default system prompt) is the system's. With `answer` the template also opens the assistant's next turn.
+    Without `roles` all codes are 0 and the template may rewrite earlier turns, as those of reasoning models do.
     """
-    ends, codes = _turns(tokenizer, messages, answer)
     text = _rendered(tokenizer, messages, answer)
+    if not roles:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(ids), [0] * len(ids)
+    ends, codes = _turns(tokenizer, messages, answer)
     try:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except NotImplementedError as error:
         raise InputError("the tokenizer cannot say where its tokens begin (it is not a fast one).") from error
-    roles = [codes[min(bisect.bisect_right(ends, start), len(codes) - 1)] for start, _ in encoded["offset_mapping"]]
-    return list(encoded["input_ids"]), roles
+    found = [codes[min(bisect.bisect_right(ends, start), len(codes) - 1)] for start, _ in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), found
 
 
 def _turns(tokenizer: Any, messages: list[dict[str, Any]], answer: bool) -> tuple[list[int], list[int]]:
@@ -90,7 +94,7 @@ def _turns(tokenizer: Any, messages: list[dict[str, Any]], answer: bool) -> tupl
         if not longer.startswith(shorter):
             raise InputError(
                 "the chat template changes earlier turns when a later one is added, so its tokens cannot be given to "
-                "roles; give the conversations as plain text, or another chat template."
+                "roles; leave tokens.roles empty, give the conversations as plain text, or another chat template."
             )
     preamble = _preamble(tokenizer, messages[0], prefixes[0])
     return [preamble, *map(len, prefixes)], [ROLES.index("system"), *codes]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safesail.sae import kernels
 
-__all__ = ["Codes", "above", "decode", "entries", "jump", "largest", "topk"]
+__all__ = ["Codes", "above", "decode", "entries", "join", "jump", "largest", "topk"]
 
 _SAMPLE = 65536  # pre-activations looked at to guess where the n largest begin
 
@@ -83,6 +83,17 @@ class Codes:
             offsets = F.pad(counts.cumsum(0), (1, 0)).to(self.indices.dtype)
             self._cache[d_sae] = _ByLatent(permutation, self.tokens()[permutation].to(self.indices.dtype), offsets)
         return self._cache[d_sae]
+
+
+def join(parts: list[Codes]) -> Codes:
+    """The codes of consecutive tokens as one."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = torch.tensor([len(part.values) for part in parts]).cumsum(0).tolist()
+    offsets = [
+        part.offsets[int(i > 0) :] + shift for i, (part, shift) in enumerate(zip(parts, [0, *ends], strict=False))
+    ]
+    return Codes(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]), torch.cat(offsets))
 
 
 # --- which entries ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from safesail.distributed import ALONE, Ranks
 from safesail.recipe import TrainSection
 from safesail.sae.config import SaeConfig
 from safesail.sae.model import Sae
-from safesail.sae.sparse import Codes, above, decode, entries, jump, largest, topk
+from safesail.sae.sparse import Codes, above, decode, entries, join, jump, largest, topk
 
 __all__ = ["Diverged", "SaeTrainer", "StepFacts", "generator", "total_variance"]
 
@@ -20,6 +20,7 @@ __all__ = ["Diverged", "SaeTrainer", "StepFacts", "generator", "total_variance"]
 # jumprelu start at two of them: some 2 % of the latents active, not half of them.
 _START = 2.0
 _THRESHOLD_RATE = 10.0  # on the learning rate: a threshold moves in units of 1, a weight in units of 1/√d_in
+_CHUNK = 1024  # rows of pre-activations at a time: as fast as whole batches, and fewer are slower
 _THRESHOLD_MEMORY = 0.98  # of the running mean of batchtopk's threshold: about the last 50 steps
 
 
@@ -121,14 +122,13 @@ class SaeTrainer:
         """One update on scaled activations x: (batch, d_in); total: their `total_variance`, if it is known already."""
         total = total_variance(x, self.ranks) if total is None else total
         centred = x - self.b_dec.detach()
-        pre = self._pre_activations(centred)
-        chosen = entries(self._choose(pre), centred, self.encoder, self.b_enc, self.b_dec)
-        codes, sparsity, n_active = self._activate(chosen)
+        dead = (self.silent_for > self.section.dead_after_tokens).nonzero().squeeze(1)
+        chosen, revived = self._choose(centred, dead)
+        codes, sparsity, n_active = self._activate(entries(chosen, centred, self.encoder, self.b_enc, self.b_dec))
         error, loss = self._reconstruct(centred, codes, total)
-        dead = self.silent_for > self.section.dead_after_tokens
-        auxiliary = self._auxiliary_loss(pre, centred, error, dead)
+        auxiliary = self._auxiliary_loss(revived, centred, error)
         (loss + sparsity + self.section.aux_coefficient * auxiliary).backward()
-        facts = self._facts(error, total, auxiliary.detach(), n_active, int(dead.sum()), len(x))
+        facts = self._facts(error, total, auxiliary.detach(), n_active, len(dead), len(x))
         self._count_silence(codes, len(x))
         self._update(facts)
         return facts
@@ -136,14 +136,28 @@ class SaeTrainer:
     # --- the loss --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _pre_activations(self, centred: Tensor) -> Tensor:
-        if len(self._pre) != len(centred):
-            self._pre = centred.new_empty(len(centred), self.config.d_sae)
-        return torch.addmm(self.b_enc, centred, self.encoder.T, out=self._pre)
+    def _choose(self, centred: Tensor, dead: Tensor) -> tuple[Codes, Codes | None]:
+        """The entries that can be active, or whose threshold can get a gradient, and those of the auxiliary loss.
 
-    @torch.no_grad()
-    def _choose(self, pre: Tensor) -> Codes:
-        """The entries that can be active, or whose threshold can get a gradient."""
+        Rows are taken in chunks, which bounds the pre-activations' buffer, but where the batch as a whole decides.
+        """
+        whole = self.config.architecture in ("batchtopk", "matryoshka")
+        n_aux = min(self.section.aux_k, len(dead)) if self.section.aux_coefficient else 0
+        chosen, revived = [], []
+        for rows in centred.split(len(centred) if whole else _CHUNK):
+            pre = self._pre_activations(rows)
+            chosen.append(self._active_entries(pre))
+            if n_aux:
+                codes = topk(pre[:: self.AUX_STRIDE, dead], n_aux)
+                revived.append(Codes(codes.values, dead[codes.indices].int(), codes.offsets))
+        return join(chosen), join(revived) if n_aux else None
+
+    def _pre_activations(self, centred: Tensor) -> Tensor:
+        if len(self._pre) < len(centred):
+            self._pre = centred.new_empty(len(centred), self.config.d_sae)
+        return torch.addmm(self.b_enc, centred, self.encoder.T, out=self._pre[: len(centred)])
+
+    def _active_entries(self, pre: Tensor) -> Codes:
         match self.config.architecture:
             case "topk":
                 assert self.config.k is not None
@@ -180,15 +194,11 @@ class SaeTrainer:
         squared, errors = _SquaredError.apply(sums, self.b_dec, centred[:, None])  # type: ignore[misc]
         return errors[:, -1], squared / (len(widths) * total)
 
-    def _auxiliary_loss(self, pre: Tensor, centred: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        latents = dead.nonzero().squeeze(1)
-        if len(latents) == 0 or self.section.aux_coefficient == 0:
+    def _auxiliary_loss(self, revived: Codes | None, centred: Tensor, error: Tensor) -> Tensor:
+        if revived is None:
             return error.new_zeros(())
         centred, error = centred[:: self.AUX_STRIDE], error[:: self.AUX_STRIDE]
-        with torch.no_grad():
-            codes = topk(pre[:: self.AUX_STRIDE, latents], min(self.section.aux_k, len(latents)))
-            codes = Codes(codes.values, latents[codes.indices].int(), codes.offsets)
-        codes = entries(codes, centred, self.encoder, self.b_enc, None)
+        codes = entries(revived, centred, self.encoder, self.b_enc, None)
         through = codes.values + (codes.values.relu() - codes.values).detach()  # below zero the ReLU's gradient is 0
         missed = error - decode(codes.with_values(through), self.W_dec)
         return missed.square().sum() / self.ranks.sum(_squared_norm(error))

@@ -9,8 +9,8 @@ the whole job fits, and every candidate is a valid recipe whose costs have been 
             → runtime.saes_at_once → train.d_sae
 """
 
+import bisect
 import copy
-import math
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ __all__ = ["Shortage", "fits", "needs", "shortages", "suggestion"]
 Changes = dict[str, Any]
 Knob = Callable[[Job], list[Changes]]
 _SMALLEST_BATCH = 64
+_SPARE = 0.95
+"""The share of what is free that suggested settings may need."""
 _SHARE_MULTIPLE = 4
 """Data-parallel batches divide into equal shares of a multiple of so many tokens."""
 
@@ -60,8 +62,9 @@ def fits(job: Job, room: Room) -> bool:
 def suggestion(job: Job, room: Room) -> Changes | None:
     """The settings, by their dotted names, with which a job fits that does not; None if there are none.
 
-    First those that save memory, then those that save disk.
+    First those that save memory, then those that save disk; with a little to spare, since what is free changes.
     """
+    room = Room(*(None if left is None else int(_SPARE * left) for left in room))  # type: ignore[arg-type]
     for_memory = _turned_down(job, room._replace(disk=sys.maxsize), _MEMORY_KNOBS)
     if for_memory is None:
         return None
@@ -99,13 +102,8 @@ def _raised(job: Job, room: Room, changes: Changes, tried: list[list[Changes]]) 
 
 def _first(options: list[Changes], good: Callable[[Changes], bool]) -> Changes | None:
     """The first good option of a list in which all after a good one are good as well; None if there is none."""
-    if not options or not good(options[-1]):
-        return None
-    low, high = 0, len(options) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if good(options[middle]) else (middle + 1, high)
-    return options[low]
+    at = bisect.bisect_left(options, True, key=good)
+    return options[at] if at < len(options) else None
 
 
 def _missing(job: Job, changes: Changes, room: Room) -> int:
@@ -126,10 +124,8 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
 
 
 def _valid(job: Job, changes: Changes, options: list[Changes]) -> list[Changes]:
-    """The options without those that no recipe may hold: they are the last ones, for settings only get smaller."""
-    while options and not _accepted(job, changes | options[-1]):
-        options.pop()
-    return options
+    """The options that a recipe may hold: of settings that only get smaller, all up to one that is too small."""
+    return options[: bisect.bisect_left(options, True, key=lambda option: not _accepted(job, changes | option))]
 
 
 def _accepted(job: Job, changes: Changes) -> bool:
@@ -174,12 +170,12 @@ def _stream_instead(job: Job) -> list[Changes]:
 
 def _fewer_tokens(job: Job) -> list[Changes]:
     corpus = job.recipe.corpus
-    sizes = _steps_down(corpus.n_tokens, 2 * corpus.n_held_out_tokens) if "harvest" in job.stages else []
+    sizes = _round_numbers(corpus.n_tokens, 2 * corpus.n_held_out_tokens) if "harvest" in job.stages else []
     return [{"corpus.n_tokens": size} for size in sizes]
 
 
 def _narrower(job: Job) -> list[Changes]:
-    return [{"train.d_sae": width} for width in _steps_down(job.recipe.train.d_sae, 1)]
+    return [{"train.d_sae": width} for width in _round_numbers(job.recipe.train.d_sae, 1)]
 
 
 _MEMORY_KNOBS = (_fewer_saes, _smaller_batch, _smaller_buffer, _fewer_windows, _fewer_tokens, _narrower)
@@ -194,7 +190,14 @@ def _halves(value: int, smallest: int) -> list[int]:
     return found
 
 
-def _steps_down(value: int, smallest: int) -> range:
-    """Round numbers from just below `value` down to `smallest`, a hundredth to a thousandth of it apart."""
-    step = max(10 ** (len(str(value)) - 3), 1)
-    return range(math.ceil(value / step) * step - step, math.ceil(smallest / step) * step - 1, -step)
+def _round_numbers(value: int, smallest: int) -> list[int]:
+    """Numbers of three digits that count, from just below `value` down to `smallest`."""
+    found = []
+    while (value := _rounded_below(value)) >= smallest:
+        found.append(value)
+    return found
+
+
+def _rounded_below(value: int) -> int:
+    unit = max(10 ** (len(str(value - 1)) - 3), 1)
+    return (value - 1) // unit * unit
