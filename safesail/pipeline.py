@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from safesail.assets import asset
-from safesail.distributed import ALONE, device, ranks
+from safesail.distributed import ALONE, Ranks, device, ranks
 from safesail.errors import InputError
 from safesail.interpretation.collect import collect_stage
 from safesail.interpretation.explain import explain_stage
@@ -42,7 +42,7 @@ from safesail.training.fidelity import eval_stage
 from safesail.training.plan import refuse_what_cannot_fit
 from safesail.training.selection import select_stage
 from safesail.training.sources import Streamed
-from safesail.training.trainer import train_stage
+from safesail.training.trainer import check_shares, train_stage
 
 __all__ = ["Pipeline", "outside_inputs"]
 
@@ -81,6 +81,7 @@ class Pipeline:
         Of several ranks, those after the first return when only its stages are left.
         """
         self._check_endpoints(until)
+        check_shares(self.recipe, self._team)
         refuse_what_cannot_fit(self.run, until, force)
         with self.run.lock():
             for name in STAGES:
@@ -201,12 +202,17 @@ class Pipeline:
     def _train(self, work: StageWork) -> None:
         train_stage(self.recipe, self._activations, work, self._streamed(), self.ranks)
 
+    @property
+    def _team(self) -> Ranks:
+        """The ranks that share batches."""
+        return self.ranks if self.recipe.runtime.parallel == "data" else ALONE
+
     def _streamed(self) -> Streamed | None:
         """The source of training activations that reads them on the fly, if the recipe asks for it."""
         recipe = self.recipe
         if recipe.train.stream_tokens is None:
             return None
-        team = self.ranks if recipe.runtime.parallel == "data" else ALONE
+        team = self._team
         facts = self._activations.facts
 
         def rounds(hook_points: tuple[str, ...], first: int) -> Iterator[dict[str, Tensor]]:

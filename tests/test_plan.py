@@ -189,7 +189,7 @@ def test_memory_of_every_part() -> None:
         "SAE parameters": 2 * parameters * 4,
         "Adam moments": 2 * 2 * parameters * 4 + 2 * 32 * 8,
         "gradients": parameters * 4,
-        "pre-activations": 2 * 64 * 32 * 4,
+        "pre-activations": 64 * 32 * 4,
         "active entries": 64 * 4 * 48,
         "batch": 64 * 6 * 8 * 4,
         "libraries, allocator": 300_000_000,
@@ -246,7 +246,7 @@ def test_ranks_share_hook_points_or_batches() -> None:
     by_data = job(n_ranks=2, n_local_ranks=2, runtime__parallel="data")
     parts = {part.what: part.flops for part in compute(by_data, 0)}
     assert parts["train: 2 × topk"] == pytest.approx(2 * 28 * (2 * 32 * 8 * 32 + 8 * 32 * 4 * 8))
-    assert amounts(memory(by_data, 0)[0]["training"])["pre-activations"] == 2 * 32 * 32 * 4
+    assert amounts(memory(by_data, 0)[0]["training"])["pre-activations"] == 32 * 32 * 4
     assert amounts(disk(by_data))["checkpoints"] == amounts(disk(job()))["checkpoints"]  # the first rank's alone
     assert amounts(disk(by_hook_point))["checkpoints"] == 2 * amounts(disk(job()))["checkpoints"]
 
@@ -295,7 +295,7 @@ def test_the_largest_batch_that_fits_when_one_sae_at_a_time_does_not() -> None:
 
 def test_shares_of_a_batch_stay_equal() -> None:
     two = {"runtime__parallel": "data", "n_ranks": 2, "corpus__n_tokens": 10_000}
-    planned = wide(train__k=[4], train__batch_size=6432, **two)
+    planned = wide(train__architectures=["batchtopk"], train__k=[4], train__batch_size=6432, **two)
     assert suggested(planned, room_for(planned, "memory", train__batch_size=1608)) == {"train.batch_size": 1608}
     changes = suggested(planned, room_for(planned, "memory", train__batch_size=804))  # shares of 402: no multiple of 4
     assert changes.get("train.batch_size", 1608) != 804

@@ -160,6 +160,7 @@ MATRICES: dict[str, Callable[[int, int], Tensor]] = {
     "one large value": lambda n, d: random(n, d).index_put(
         (torch.tensor(n // 2), torch.tensor(d // 3)), torch.tensor(1e9)
     ),
+    "the sample leads": lambda n, d: random(n, d) + 100 * (torch.arange(n * d).reshape(n, d) % 3 == 0),
     "one latent leads": lambda n, d: random(n, d) + 100 * (torch.arange(d) == 1),
     "one token leads": lambda n, d: random(n, d) + 100 * (torch.arange(n) == n - 1)[:, None],
 }

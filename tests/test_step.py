@@ -1,7 +1,7 @@
 """One SAE in training, of every architecture, against its own equations written out densely."""
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -499,14 +499,12 @@ def test_a_generator_depends_on_seed_and_purpose_alone():
 # --- learning -----------------------------------------------------------------------------------------------------
 
 
-def learnt(
-    architecture: Architecture, n_steps: int = 300, **changes: object
-) -> tuple[StepFacts, StepFacts, SaeTrainer]:
+def learnt(architecture: Architecture, **changes: Any) -> tuple[StepFacts, StepFacts, SaeTrainer]:
     """Facts of the first and the last step on sparse sums of 16 directions, and the trainer."""
     settings = {"d_sae": 32, "k": [3], "l1": [0.05], "l0": [0.002], "batch_size": 128, "dead_after_tokens": 2000}
-    trainer = trainer_of(architecture, d_in=16, n_steps=n_steps, **(settings | changes))
+    trainer = trainer_of(architecture, d_in=16, n_steps=300, **(settings | changes))
     chance = torch.Generator().manual_seed(0)
-    facts = [trainer.step(sparse_batch(chance, 128)) for _ in range(n_steps)]
+    facts = [trainer.step(sparse_batch(chance, 128)) for _ in range(300)]
     return facts[0], facts[-1], trainer
 
 

@@ -324,7 +324,9 @@ def test_a_batch_that_is_not_finite_stops_the_sae_and_can_be_gone_on_from(
     source = Poisoned(recipe, harvest, 4, float(value), rows)
     folder = tmp_path / "poisoned"
     folder.mkdir()
-    with pytest.raises(InputError, match=rf"layers\.0\.mlp/{architecture}-\S+ .* step 4 of 10.*of step 3, is kept in"):
+    with pytest.raises(
+        InputError, match=rf"layers\.0\.mlp/{architecture}-\S+ cannot take step 4 of 10: .*of step 3, is kept in"
+    ):
         train_stage(recipe, source.activations, StageWork(folder), source)
     (kept,) = checkpoints(folder)
     assert all(tensor.isfinite().all() for tensor in load_file(kept).values())

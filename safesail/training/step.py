@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from safesail.distributed import ALONE, Ranks
-from safesail.recipe import TrainSection
+from safesail.recipe import Architecture, TrainSection
 from safesail.sae.config import SaeConfig
 from safesail.sae.model import Sae
 from safesail.sae.sparse import Codes, above, decode, entries, join, jump, largest, topk
 
-__all__ = ["Diverged", "SaeTrainer", "StepFacts", "generator", "total_variance"]
+__all__ = ["Buffer", "Diverged", "SaeTrainer", "StepFacts", "generator", "total_variance"]
 
 # With unit rows and inputs of mean norm √d_in, pre-activations start with a standard deviation of about 1. relu and
 # jumprelu start at two of them: some 2 % of the latents active, not half of them.
@@ -73,6 +73,19 @@ def _squared_norm(x: Tensor) -> Tensor:
     return torch.stack(parts).square().sum()
 
 
+class Buffer:
+    """Memory for pre-activations: a fresh tensor each step costs a fifth more. SAEs that step in turn may share it."""
+
+    def __init__(self) -> None:
+        self._tensor = torch.empty(0)
+
+    def rows(self, n: int, width: int, like: Tensor) -> Tensor:
+        """An uninitialised tensor (n, width), valid until the next call."""
+        if self._tensor.numel() < n * width:
+            self._tensor = like.new_empty(n * width)
+        return self._tensor[: n * width].view(n, width)
+
+
 class SaeTrainer:
     """Trains one SAE on inputs scaled so that their mean norm is √d_in.
 
@@ -98,6 +111,7 @@ class SaeTrainer:
         n_steps: int,
         ranks: Ranks = ALONE,
         device: torch.device | str = "cpu",
+        buffer: "Buffer | None" = None,
     ) -> None:
         self.config, self.section, self.n_steps, self.n_done, self.ranks = config, section, n_steps, 0, ranks
         rows = torch.randn(config.d_sae, config.d_in, generator=generator(seed, "decoder", config.sae_id)).to(device)
@@ -109,7 +123,7 @@ class SaeTrainer:
         self.threshold = torch.full((config.d_sae,), _START, device=device).requires_grad_()
         self.batch_threshold = torch.zeros(2, dtype=torch.float64, device=device)  # weighted sum, sum of weights
         self.silent_for = torch.zeros(config.d_sae, dtype=torch.long, device=device)  # tokens since it last fired
-        self._pre = torch.empty(0)  # the pre-activations' buffer: a fresh one each step costs a fifth more
+        self._buffer = buffer or Buffer()
         rate = section.learning_rate
         groups = [{"params": [value], "lr": rate, "factor": self._factor(name)} for name, value in self._named()]
         self.optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
@@ -141,10 +155,9 @@ class SaeTrainer:
 
         Rows are taken in chunks, which bounds the pre-activations' buffer, but where the batch as a whole decides.
         """
-        whole = self.config.architecture in ("batchtopk", "matryoshka")
         n_aux = min(self.section.aux_k, len(dead)) if self.section.aux_coefficient else 0
         chosen, revived = [], []
-        for rows in centred.split(len(centred) if whole else _CHUNK):
+        for rows in centred.split(self.rows_at_once(self.config.architecture, len(centred))):
             pre = self._pre_activations(rows)
             chosen.append(self._active_entries(pre))
             if n_aux:
@@ -153,9 +166,13 @@ class SaeTrainer:
         return join(chosen), join(revived) if n_aux else None
 
     def _pre_activations(self, centred: Tensor) -> Tensor:
-        if len(self._pre) < len(centred):
-            self._pre = centred.new_empty(len(centred), self.config.d_sae)
-        return torch.addmm(self.b_enc, centred, self.encoder.T, out=self._pre[: len(centred)])
+        out = self._buffer.rows(len(centred), self.config.d_sae, centred)
+        return torch.addmm(self.b_enc, centred, self.encoder.T, out=out)
+
+    @staticmethod
+    def rows_at_once(architecture: Architecture, batch_size: int) -> int:
+        """How many tokens' pre-activations are held at a time."""
+        return batch_size if architecture in ("batchtopk", "matryoshka") else min(_CHUNK, batch_size)
 
     def _active_entries(self, pre: Tensor) -> Codes:
         match self.config.architecture:

@@ -25,9 +25,9 @@ from safesail.recipe import Recipe
 from safesail.run import StageWork
 from safesail.sae.config import SaeConfig
 from safesail.training.sources import Shards, TrainingSource, scale_and_mean, training_rows
-from safesail.training.step import Diverged, SaeTrainer, StepFacts, total_variance
+from safesail.training.step import Buffer, Diverged, SaeTrainer, StepFacts, total_variance
 
-__all__ = ["train_stage", "variants"]
+__all__ = ["check_shares", "train_stage", "variants"]
 
 _LOG_EVERY = 50
 
@@ -46,7 +46,7 @@ def train_stage(
     """
     shared = recipe.runtime.parallel == "data"
     team = ranks if shared else ALONE
-    _check_shares(recipe, team)
+    check_shares(recipe, team)
     source = source or Shards(recipe, activations, team)
     every = activations.hook_points
     names = every if shared else [every[i] for i in ranks.mine(len(every))]
@@ -91,7 +91,8 @@ def _groups(
             yield configs[start : start + size]
 
 
-def _check_shares(recipe: Recipe, team: Ranks) -> None:
+def check_shares(recipe: Recipe, team: Ranks) -> None:
+    """Raise InputError if the ranks cannot share batches equally."""
     share = SaeTrainer.AUX_STRIDE * team.size
     if team.size > 1 and recipe.train.batch_size % share:
         raise InputError(
@@ -128,8 +129,9 @@ class _Group:
         for name in self.hook_points:
             rows = training_rows(recipe, activations, name)
             self.scales[name], means[name] = scale_and_mean(activations, name, rows, recipe.seed)
+        buffer = Buffer()
         self.trainers = [
-            SaeTrainer(c, recipe.train, means[c.hook_point], recipe.seed, self.n_steps, ranks, self.device)
+            SaeTrainer(c, recipe.train, means[c.hook_point], recipe.seed, self.n_steps, ranks, self.device, buffer)
             for c in configs
         ]
         self.checkpoint = _Checkpoint(folder, self.trainers, recipe.runtime.checkpoint_seconds)

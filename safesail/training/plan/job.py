@@ -24,9 +24,9 @@ __all__ = [
 
 FP32 = 4
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-ACTIVE_AT_START = {"relu": 0.023, "jumprelu": 0.16}
+ACTIVE_AT_START = {"relu": 0.023, "jumprelu": 0.067}
 """The share of the latents with an entry in the first steps, where training starts 2 standard deviations below zero
-(relu) or has a gradient window from 1 on (jumprelu). It falls from there: an upper bound."""
+(relu) or has a gradient window from 1.5 on (jumprelu). It falls from there: an upper bound."""
 
 
 class Variant(NamedTuple):

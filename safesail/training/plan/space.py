@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 from safesail.training.plan.job import BYTES, FP32, Job, Variant, groups, n_entries, n_parameters, n_training_tokens
+from safesail.training.step import SaeTrainer
 
 __all__ = ["Amount", "disk", "memory", "peak", "total"]
 
@@ -122,12 +123,12 @@ def _saes(job: Job, group: list[Variant]) -> list[Amount]:
     n_tokens, d_sae, d_in = math.ceil(train.batch_size / job.share), train.d_sae, _widths(job, group)
     nested = len(train.nested_widths) if any(v.architecture == "matryoshka" for v in group) else 0
     entries = math.ceil(max(n_entries(job, variant) for variant in group))
-    n = len(group)
+    n, rows = len(group), max(SaeTrainer.rows_at_once(variant.architecture, n_tokens) for variant in group)
     return [
         Amount("SAE parameters", sum(sizes) * FP32, f"{n} SAEs at once, {max(sizes):,} parameters each"),
         Amount("Adam moments", 2 * sum(sizes) * FP32 + 8 * n * d_sae, "two; tokens since each latent fired"),
         Amount("gradients", max(sizes) * FP32, "of the SAE that steps"),
-        Amount("pre-activations", n * n_tokens * d_sae * FP32, f"a buffer for each, {n_tokens:,} × {d_sae:,}"),
+        Amount("pre-activations", rows * d_sae * FP32, f"one buffer for all, {rows:,} × {d_sae:,}"),
         Amount("active entries", n_tokens * entries * _ENTRY_BYTES, f"{entries:,} a token"),
         Amount("batch", n_tokens * (_BATCH_COPIES * sum(d_in) + 3 * nested * max(d_in)) * FP32),
     ]
