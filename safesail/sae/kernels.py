@@ -38,8 +38,11 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     indices = torch.empty(len(pre), k, dtype=torch.int32)
     source, best, where = pre.detach().numpy(), values.numpy(), indices.numpy()
     cuts = torch.linspace(0, len(pre), torch.get_num_threads() + 1).int().tolist()
-    slices = [slice(start, end) for start, end in itertools.pairwise(cuts)]
-    list(_threads(len(slices)).map(lambda rows: topk_rows(source[rows], k, best[rows], where[rows]), slices))
+    first, *others = (slice(start, end) for start, end in itertools.pairwise(cuts))
+    running = [_threads(len(others)).submit(topk_rows, source[r], k, best[r], where[r]) for r in others]
+    topk_rows(source[first], k, best[first], where[first])
+    for future in running:
+        future.result()
     return values, indices
 
 
