@@ -26,6 +26,16 @@ FRAMES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def same_kernels() -> Iterator[None]:
+    """The choice between compiled and torch's kernels, which differ in the last bits, outlives no test."""
+    from safesail.sae import kernels
+
+    before = kernels.used()
+    yield
+    kernels.use(before)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One torch thread during a test: bits and times do not depend on the machine's cores."""

@@ -85,12 +85,17 @@ def files_fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def check_folder(path: str) -> None:
+    """Raise InputError when `path` looks like a folder, not like a Hub id, and does not exist."""
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise InputError(f"the model folder {path} does not exist; `bash scripts/demo` makes the embedded one.")
+
+
 def check_weights(path: str) -> None:
     """Raise InputError when `path` looks like a folder but holds no transformers model with safetensors weights."""
+    check_folder(path)
     folder = Path(path)
     if not folder.is_dir():
-        if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise InputError(f"the model folder {path} does not exist; `bash scripts/demo` makes the embedded one.")
         return
     if not (folder / "config.json").is_file():
         raise InputError(f"the model folder {path} has no config.json, so it is not a transformers model.")

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from safesail.errors import InputError
 from safesail.lm.hooks import check_hook_points, module_at, run_to_depth
-from safesail.lm.load import first_line
+from safesail.lm.load import check_folder, first_line
 
 __all__ = ["LmSize", "lm_size"]
 
@@ -54,6 +54,7 @@ def lm_size(path: str, hook_points: tuple[str, ...], window: int, *, revision: s
 def _on_meta(path: str, revision: str | None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_folder(path)
     if path.startswith((".", "/", "~")) and not (Path(path) / "config.json").is_file():
         raise InputError(f"the model folder {path} has no config.json; give a transformers folder or a Hub id.")
     try:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-__all__ = ["AVAILABLE", "apply_to", "topk", "use"]
+__all__ = ["AVAILABLE", "apply_to", "topk", "use", "used"]
 
 AVAILABLE = importlib.util.find_spec("numba") is not None
 _state = {"used": AVAILABLE}
@@ -20,6 +20,11 @@ _state = {"used": AVAILABLE}
 def use(wanted: bool) -> None:
     """Use the compiled kernels, or torch's own; wanting them where numba is missing changes nothing."""
     _state["used"] = wanted and AVAILABLE
+
+
+def used() -> bool:
+    """Whether the compiled kernels are switched on."""
+    return _state["used"]
 
 
 def apply_to(pre: Tensor) -> bool:
