@@ -25,6 +25,7 @@ def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, 
     with replacing(path, n_bytes) as temporary:
         try:
             save_file(tensors, temporary, metadata)
+            temporary.chmod(0o644)  # safetensors leaves what only its owner can read
         except SafetensorError as error:  # what safetensors makes of a failed write
             raise OSError(str(error)) from error
 

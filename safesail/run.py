@@ -220,7 +220,7 @@ class Run:
         if inputs := self._inputs_of(name):
             record["inputs"] = inputs
         write_json(partial / "stage.json", record | facts)
-        for left in partial.rglob(".*.new"):  # by an attempt that was killed while it wrote
+        for left in [*partial.rglob(".*.new"), *partial.rglob(".tmp*")]:  # by an attempt that was killed while it wrote
             left.unlink()
         (partial / _MARK).unlink()
         for later in dependents(name):  # made from what is replaced now
