@@ -231,16 +231,14 @@ def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = F
     from safesail import progress
     from safesail.pipeline import Pipeline
 
-    first = started.ranks.first  # of torchrun's processes one speaks
-    mute = silent or as_json or not first
-    progress.quiet(mute)
-    say = (lambda line: None) if mute else lambda line: print(line, flush=True)
+    progress.quiet(silent or as_json)
+    say = (lambda line: None) if silent or as_json else lambda line: print(line, flush=True)
     try:
         Pipeline(started, say).make(until, force)
     except KeyboardInterrupt:
         print("\nsafesail: stopped. Nothing is lost: the same command goes on from here.", file=sys.stderr)
         raise typer.Exit(130) from None
-    if not first:
+    if not started.ranks.first:  # of torchrun's processes one speaks
         return
     if as_json:
         print(json.dumps(started.record(until)))

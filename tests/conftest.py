@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +102,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    """The tiny model, loaded anew for every test file."""
+    from safesail.lm.load import causal_lm
+
+    return causal_lm(str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    """The tiny model's tokenizer."""
+    from safesail.lm.load import load_tokenizer
+
+    return load_tokenizer(str(tiny_model))
 
 
 @pytest.fixture(scope="session")

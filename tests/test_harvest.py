@@ -21,7 +21,7 @@ from safesail.lm.activations import Activations, harvest, remake
 from safesail.lm.corpus import Piece, gather
 from safesail.lm.generate import chat_prompt
 from safesail.lm.hooks import replace, run_to_depth
-from safesail.lm.load import causal_lm, load_tokenizer
+from safesail.lm.load import load_tokenizer
 from safesail.lm.shards import damaged, is_whole
 from safesail.lm.tokens import ROLES, conversation, counted, role_codes, spans
 from safesail.lm.windows import Storage
@@ -42,16 +42,6 @@ CHAT = [
     {"role": "user", "content": "where is the river"},
     {"role": "assistant", "content": "near the garden"},
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Any:
-    return causal_lm(str(tiny_model))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
-    return load_tokenizer(str(tiny_model))
 
 
 # --- roles --------------------------------------------------------------------------------------------------------

@@ -29,16 +29,6 @@ TAXONOMY = Taxonomy.load()
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Any:
-    return causal_lm(str(tiny_model))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
-    return load_tokenizer(str(tiny_model))
-
-
-@pytest.fixture(scope="module")
 def exact_model(tiny_model: Path) -> Any:
     """The same model in double precision, in which the order of a sum does not show."""
     return causal_lm(str(tiny_model), dtype=torch.float64)

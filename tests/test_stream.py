@@ -18,7 +18,7 @@ from safesail.errors import InputError
 from safesail.lm.activations import Activations, harvest
 from safesail.lm.corpus import Piece, gather, is_held_out, texts_fingerprint
 from safesail.lm.hooks import replace
-from safesail.lm.load import causal_lm, files_fingerprint, load_tokenizer
+from safesail.lm.load import files_fingerprint
 from safesail.lm.stream import Stream
 from safesail.recipe import Recipe
 from safesail.taxonomy import Taxonomy
@@ -27,16 +27,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BOTH = ("layers.0.mlp", "layers.1.mlp")
 TAXONOMY = Taxonomy.load()
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Any:
-    return causal_lm(str(tiny_model))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
-    return load_tokenizer(str(tiny_model))
 
 
 def recipe_of(sources: list[dict[str, Any]], **changes: dict[str, Any]) -> Recipe:
