@@ -409,6 +409,43 @@ def test_the_compiled_topk_can_keep_everything(fast: None):
         assert_like_sorting(random(4, d_sae), d_sae)
 
 
+def some_codes(d_sae: int) -> Codes:
+    """Five tokens of 2, 0, 4, 1 and 600 entries; latents repeat, two are never active."""
+    indices = torch.cat([torch.tensor([3, 0, 5, 3, 1, 0, 3]), torch.arange(600) % (d_sae - 2)]).int()
+    return Codes(random(len(indices)), indices, torch.tensor([0, 2, 2, 6, 7, 607]).int())
+
+
+def test_the_compiled_grouping_equals_a_stable_sort(fast: None):
+    codes = some_codes(9)
+    kernels.use(False)
+    expected = codes.by_latent(9)
+    kernels.use(True)
+    grouped = Codes(codes.values, codes.indices, codes.offsets).by_latent(9)
+    assert all(torch.equal(a, b) for a, b in zip(grouped, expected, strict=True))
+
+
+def test_compiled_products_of_entries_by_hand(fast: None):
+    rows, vectors = torch.tensor([[1.0, 2], [0, 1], [3, -1]]), torch.tensor([[10.0, 0], [1, 1], [0, 5], [2, 4]])
+    latents, starts = torch.tensor([0, 3, 1, 2, 2]).int(), torch.tensor([0, 2, 4, 5]).int()
+    assert kernels.products(latents, starts, rows, vectors).tolist() == [10, 10, 1, 5, -5]
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_compiled_gradients_of_decoding_equal_torchs(fast: None, n_threads: int, monkeypatch: pytest.MonkeyPatch):
+    torch.set_num_threads(n_threads)
+    monkeypatch.setattr(kernels, "_ROWS", 2)
+    codes, to_output = some_codes(9), random(5, 6, seed=2)
+    found = []
+    for used in (False, True):
+        kernels.use(used)
+        values, W_dec = codes.values.clone().requires_grad_(), random(9, 6, seed=1).requires_grad_()
+        x_hat = decode(Codes(values, codes.indices, codes.offsets), W_dec)
+        x_hat.backward(to_output)
+        found.append((x_hat.detach(), values.grad, W_dec.grad))
+    for expected, gradient in zip(*found, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_the_compiled_topk_equals_torchs(fast: None):
     pre = random(64, 500)
     kernels.use(False)
@@ -418,15 +455,17 @@ def test_the_compiled_topk_equals_torchs(fast: None):
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 5])
-def test_there_may_be_more_threads_than_rows(fast: None, n_rows: int):
+def test_there_may_be_more_threads_than_rows(fast: None, n_rows: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "_ROWS", 1)
     torch.set_num_threads(4)
     assert_like_sorting(random(n_rows, 50), 6)
 
 
-def test_the_number_of_threads_changes_nothing(fast: None):
+def test_the_number_of_threads_changes_nothing(fast: None, monkeypatch: pytest.MonkeyPatch):
     pre = random(37, 90).round(decimals=1)
     alone = kernels.topk(pre, 8)
     torch.set_num_threads(3)
+    monkeypatch.setattr(kernels, "_ROWS", 5)
     assert all(torch.equal(a, b) for a, b in zip(kernels.topk(pre, 8), alone, strict=True))
 
 

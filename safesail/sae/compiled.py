@@ -1,4 +1,4 @@
-"""The compiled kernel behind `kernels.topk`; the only module that imports numba.
+"""The compiled kernels behind `kernels`; the only module that imports numba.
 
 Loops index the whole matrix (`pre[row, j]`): handed a row as a slice, the compiler keeps bounds in registers and the
 loops take three times as long.
@@ -7,7 +7,7 @@ loops take three times as long.
 import numpy as np
 from numba import njit
 
-__all__ = ["topk_rows"]
+__all__ = ["entry_products", "group_entries", "topk_rows"]
 
 
 @njit(nogil=True, cache=True)
@@ -33,6 +33,39 @@ def topk_rows(pre, k, values, indices):
         for i in range(k):
             values[row, i], indices[row, i] = kept[i], where[i]
         multiple = np.float32(0.85) * kept[:k].min() / scale if scale > 0 else nothing
+
+
+@njit(nogil=True, cache=True)
+def group_entries(latents, starts, offsets, permutation, tokens):
+    """Order entries by latent, those of one latent as they were: a counting sort, two sweeps over the entries.
+
+    latents, permutation, tokens: (n_entries,), the latter two are written; starts: (n_tokens + 1,), where the entries
+    of each token begin; offsets: (d_sae + 1,) zeros, written with where those of each latent begin.
+    """
+    for latent in latents:
+        offsets[latent + 1] += 1
+    for latent in range(1, len(offsets)):
+        offsets[latent] += offsets[latent - 1]
+    place = offsets.copy()
+    for token in range(len(starts) - 1):
+        for entry in range(starts[token], starts[token + 1]):
+            latent = latents[entry]
+            permutation[place[latent]], tokens[place[latent]] = entry, token
+            place[latent] += 1
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def entry_products(latents, starts, first, last, rows, vectors, products):
+    """Write rows[token] · vectors[latent] for every entry of the tokens first … last - 1.
+
+    latents, products: (n_entries,); starts: (n_tokens + 1,); rows: (n_tokens, d_in); vectors: (d_sae, d_in).
+    """
+    for token in range(first, last):
+        for entry in range(starts[token], starts[token + 1]):
+            latent, total = latents[entry], np.float32(0)
+            for i in range(rows.shape[1]):
+                total += rows[token, i] * vectors[latent, i]
+            products[entry] = total
 
 
 @njit(nogil=True, cache=True, fastmath=True)

@@ -77,6 +77,8 @@ class Codes:
 
     def by_latent(self, d_sae: int) -> _ByLatent:
         """The entries in the order of their latents; computed once for these entries."""
+        if d_sae not in self._cache and (grouped := kernels.group(self.indices, self.offsets, d_sae)):
+            self._cache[d_sae] = _ByLatent(*grouped)
         if d_sae not in self._cache:
             latents, permutation = self.indices.sort(stable=True)
             counts = torch.bincount(latents, minlength=d_sae)
@@ -161,8 +163,13 @@ def entries(codes: Codes, centred: Tensor, encoder: Tensor, b_enc: Tensor, b_dec
 
 def decode(codes: Codes, W_dec: Tensor) -> Tensor:
     """Σ_j z_j W_dec[j] for each token, by gathering the active rows. W_dec: (d_sae, d_in) → (n_tokens, d_in)."""
+    learns = W_dec.requires_grad and torch.is_grad_enabled()
+    if learns and kernels.apply_to(W_dec) and codes.indices.dtype == torch.int32:
+        result = _Decode.apply(codes.values, W_dec, codes)
+        assert isinstance(result, Tensor)
+        return result
     x_hat = _bag(codes.indices, W_dec.detach(), codes.offsets, codes.values)
-    if not W_dec.requires_grad or not torch.is_grad_enabled():
+    if not learns:
         return x_hat
     result = _DecoderGradient.apply(x_hat, W_dec, codes)
     assert isinstance(result, Tensor)
@@ -209,6 +216,22 @@ class _DecoderGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         return gradients[0], _sum_by_latent(ctx.codes, ctx.codes.values, gradients[0], ctx.d_sae), None
+
+
+class _Decode(torch.autograd.Function):
+    """x_hat with its gradients to the values and to W_dec by the compiled kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, codes: Codes) -> Tensor:
+        ctx.save_for_backward(W_dec)
+        ctx.codes = codes.with_values(values.detach())
+        return _bag(codes.indices, W_dec, codes.offsets, values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (W_dec,), codes, gradient = ctx.saved_tensors, ctx.codes, gradients[0].contiguous()
+        to_values = kernels.products(codes.indices, codes.offsets, gradient, W_dec)
+        return to_values, _sum_by_latent(codes, codes.values, gradient, len(W_dec)), None
 
 
 class _Jump(torch.autograd.Function):

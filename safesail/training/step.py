@@ -97,14 +97,14 @@ class SaeTrainer:
     Sparsity is l1 · mean Σ_j z_j / √d_in for relu and l0 · mean |{j: a_j > θ_j}| for jumprelu, both warmed up, and
     nothing for the others, which choose how many latents are active. matryoshka averages the first term over its nested
     dictionaries. ê reconstructs the error from the aux_k strongest *dead* latents (AuxK, Gao et al. 2024), on every
-    fourth token, so that dead latents get gradients, in the encoder as well, and come back; one below zero is 0 in ê
+    eighth token, so that dead latents get gradients, in the encoder as well, and come back; one below zero is 0 in ê
     and is given its gradient all the same.
 
     Decoder rows keep unit norm; the part of their gradient that would only change the norm is removed. Under several
     ranks each gets an equal share of every batch, and all take the same step as one process would with the whole.
     """
 
-    AUX_STRIDE = 4
+    AUX_STRIDE = 8
 
     def __init__(
         self,
