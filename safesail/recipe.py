@@ -8,14 +8,26 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from safesail.errors import InputError
 
-__all__ = ["Architecture", "Recipe", "Section", "Source", "TokenPolicy", "differences"]
+__all__ = [
+    "Architecture",
+    "AskedSection",
+    "Method",
+    "Recipe",
+    "ScoreSection",
+    "Section",
+    "Source",
+    "TokenPolicy",
+    "differences",
+]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]+)*$")]
 Coefficient = Annotated[float, Field(gt=0)]
 Architecture = Literal["relu", "topk", "batchtopk", "jumprelu", "matryoshka"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -192,14 +204,29 @@ class EvalSection(Section):
 class SelectSection(Section):
     """Concept contrastive query pairs, and what is read off them."""
 
-    pairs: str = "en"
-    """A set in `hub/pairs/`, or a path of a jsonl file."""
+    pairs: Annotated[tuple[str, ...], Field(min_length=1)] = ("en",)
+    """Sets in `hub/pairs/`, as ["en", "zh"], or paths of jsonl files."""
     thresholds: tuple[Fraction, ...] = (0.0, 0.1, 0.25, 0.5)
     """The t of L_{0,t}."""
+    reduction: Literal["max", "mean", "last"] = "max"
+    """How a latent's activations on a query's tokens become one number."""
+    activity_quantile: float = Field(default=0.0, ge=0, lt=1)
+    """A latent is active on a query above this quantile of its activations over held-out tokens; 0: above zero."""
+    criterion: Literal["above_null", "i_cdf"] = "above_null"
+    """What the selected SAE is best at: I_CDF less what swapped pairs give, or I_CDF as it is."""
+    fdr: float = Field(default=0.1, gt=0, lt=1)
+    """The false-discovery rate at which latents are chosen per domain and per category."""
     min_pairs: Count = 2
-    """A safety-related latent distinguishes at least so many pairs of the domain."""
+    """A safety-related latent distinguishes at least so many pairs."""
+    n_resamples: Count = 1000
+    """Of the bootstrap over pairs, and of the permutations that give the null."""
     max_latents_per_domain: Count = 40
     """Per hook point, the strongest latents that go on to be explained."""
+
+    @field_validator("pairs", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class CollectSection(Section):
@@ -211,45 +238,73 @@ class CollectSection(Section):
     n_top: Count = 12
     n_per_level: Count = 2
     """Further examples from each of the ten activation levels."""
+    n_near_misses: Natural = 4
+    """Contexts that hold one of the latent's strongest tokens and leave it silent."""
 
 
-class ExplainSection(Section):
-    """Who explains: the language model in process (`local`), or an OpenAI-compatible endpoint."""
+class AskedSection(Section):
+    """A stage that asks a language model: in process (`local`), or an OpenAI-compatible endpoint."""
 
     backend: Literal["local", "endpoint"] = "local"
     model: str = ""
     """The endpoint's model, or a transformers folder or id; empty: the subject model itself."""
+    tokenizer: str = ""
+    """A transformers folder or id that counts an endpoint's tokens for the estimate; empty: the subject model's."""
+    usd_per_million_prompt_tokens: float | None = Field(default=None, ge=0)
+    usd_per_million_completion_tokens: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _endpoint_named(self) -> "AskedSection":
+        if self.backend == "endpoint" and not self.model:
+            raise ValueError("backend is 'endpoint' but model is empty; name the endpoint's model")
+        return self
+
+
+class ExplainSection(AskedSection):
+    """Who explains, and in which languages."""
+
+    languages: Annotated[tuple[Language, ...], Field(min_length=1)] = ("en", "zh")
+    """The first one's explanation is the neuron's; a local model knows the first alone."""
     n_examples: Count = 10
-    max_tokens: Count = 256
-    usd_per_million_prompt_tokens: float | None = None
-    usd_per_million_completion_tokens: float | None = None
+    n_near_misses: Natural = 3
+    """Contexts shown on which the latent is silent although they look alike."""
+    max_tokens: Count = 400
     encoder: str
     """A sentence encoder (transformers folder or id) that names the domain nearest to an explanation's evidence."""
 
 
-class ScoreSection(Section):
-    """Segment-level simulation."""
+Method = Literal[
+    "segment-embedding",
+    "segment-lexical",
+    "segment-llm",
+    "token-lexical",
+    "token-llm",
+    "text-embedding",
+    "text-lexical",
+    "text-llm",
+]
+"""What is predicted (the activity of a segment, of a token, of a whole text) and by whom. text-llm is detection,
+text-embedding is similarity."""
 
-    simulators: Annotated[tuple[Literal["embedding", "lexical", "llm"], ...], Field(min_length=1)] = (
-        "embedding",
-        "lexical",
-    )
+
+class ScoreSection(AskedSection):
+    """Simulation: how well an explanation predicts where its neuron is active."""
+
+    methods: Annotated[tuple[Method, ...], Field(min_length=1)] = ("segment-embedding", "segment-lexical")
     """The first one's score is the neuron's score; the others stand beside it."""
+    languages: tuple[Language, ...] = ()
+    """The explanations that are scored; empty: of every language."""
     segment_tokens: Count = 5
     n_active_texts: Count = 20
     n_silent_texts: Count = 20
     active_above: Fraction = 0.0
     """A token is active above this normalised activation."""
-    model: str = ""
-    """The endpoint's model for the `llm` simulator."""
-    usd_per_million_prompt_tokens: float | None = None
-    usd_per_million_completion_tokens: float | None = None
-
-    @model_validator(mode="after")
-    def _model_named(self) -> "ScoreSection":
-        if "llm" in self.simulators and not self.model:
-            raise ValueError("the llm simulator needs score.model, the name of the endpoint's model")
-        return self
+    segments_per_request: Count = 60
+    """Segments of one neuron that one request asks about."""
+    neurons_per_request: Count = 1
+    """More than 1: neurons whose shared texts are sent once, with all their explanations."""
+    logprobs: bool = False
+    """Ask an endpoint for log-probabilities, and simulate by probabilities instead of yes and no."""
 
 
 class PublishSection(Section):
@@ -278,6 +333,11 @@ class RuntimeSection(Section):
     """The endpoint's base URL; empty: the openai package's default or OPENAI_BASE_URL."""
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: Count = 8
+    budget_usd: float | None = Field(default=None, ge=0)
+    budget_tokens: Natural | None = None
+    """A command stops before it spends more than this on language models; empty: no limit."""
+    collect_megabytes: Count = 1024
+    """Memory for the activations that `collect` sorts at a time; more are kept on disk meanwhile."""
 
 
 class Recipe(Section):

@@ -60,9 +60,9 @@ STAGES: dict[str, Stage] = {
         Stage("harvest", ("seed", "model", "tokens", "corpus", "harvest"), (), ("model", "texts", "taxonomy"), True),
         Stage("train", ("seed", "train"), ("harvest",), (), True),
         Stage("eval", ("eval",), ("harvest", "train")),
-        Stage("select", ("select",), ("train", "eval"), ("pairs",)),
+        Stage("select", ("seed", "select"), ("harvest", "train", "eval"), ("pairs", "taxonomy")),
         Stage("collect", ("seed", "collect"), ("harvest", "select")),
-        Stage("explain", ("explain",), ("collect",), ("encoder", "taxonomy", "prompts")),
+        Stage("explain", ("seed", "explain"), ("select", "collect"), ("encoder", "taxonomy", "prompts")),
         Stage("score", ("seed", "score"), ("harvest", "collect", "explain"), ("encoder", "prompts")),
         Stage("build", ("name", "publish"), ("eval", "select", "collect", "explain", "score"), ("cards", "space")),
     )
