@@ -8,7 +8,7 @@ import pytest
 
 from safesail.assets import asset
 from safesail.errors import InputError
-from safesail.pairs import Pair, check_pairs, load_pairs
+from safesail.pairs import Pair, check_files, check_pairs, check_parallel, load_pairs
 from safesail.taxonomy import Taxonomy
 
 TAXONOMY = Taxonomy.load()
@@ -35,8 +35,8 @@ OTHER = GOOD | {
 }
 
 
-def write(folder: Path, *lines: dict | str) -> Path:
-    path = folder / "pairs.jsonl"
+def write(folder: Path, *lines: dict | str, name: str = "pairs.jsonl") -> Path:
+    path = folder / name
     path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
     return path
 
@@ -101,15 +101,36 @@ def test_a_missing_taxonomy_is_an_input_error(tmp_path: Path):
         Taxonomy.load(tmp_path / "absent.toml")
 
 
-def test_the_shipped_pairs_have_no_problem():
-    assert check_pairs("en", TAXONOMY) == []
+SHIPPED = {"en": 12, "zh": 12, "hi": 4}
+"""Each shipped language with the least number of its pairs in a category."""
 
 
-def test_every_category_has_at_least_six_pairs():
-    n_pairs = Counter((pair.domain, pair.category) for pair in load_pairs("en"))
+def test_the_shipped_pairs_have_no_problem_and_are_parallel():
+    assert check_files(list(SHIPPED), TAXONOMY) == []
+    assert sorted(path.stem for path in asset("hub/pairs").glob("*.jsonl")) == sorted(SHIPPED)
+
+
+@pytest.mark.parametrize(("language", "least"), SHIPPED.items())
+def test_every_category_has_enough_pairs_of_the_language(language: str, least: int):
+    pairs = load_pairs(language)
+    n_pairs = Counter((pair.domain, pair.category) for pair in pairs)
     categories = [(domain.id, category.id) for domain in TAXONOMY.domains for category in domain.categories]
     assert len(categories) == 17
-    assert all(n_pairs[category] >= 6 for category in categories)
+    assert {category: n for category, n in n_pairs.items() if n < least} == {}
+    assert list(n_pairs) == categories, "grouped by category, in the order of the taxonomy"
+    assert {pair.language for pair in pairs} == {language}
+
+
+def test_english_covers_a_category_with_many_words_in_many_places():
+    pairs = load_pairs("en")
+    concepts = {(pair.domain, pair.category): set() for pair in pairs}
+    for pair in pairs:
+        concepts[pair.domain, pair.category].add(pair.concept.casefold())
+    assert min(map(len, concepts.values())) >= 7
+    first = [pair for pair in pairs if pair.with_concept.casefold().startswith(pair.concept.casefold())]
+    last = [pair for pair in pairs if pair.with_concept.casefold().rstrip(".?").endswith(pair.concept.casefold())]
+    assert len(first) >= 8
+    assert len(last) >= 8
 
 
 def test_the_shipped_pairs_are_short_and_their_neutral_side_is_neutral_for_every_domain():
@@ -188,6 +209,12 @@ def test_a_line_that_is_not_utf8_is_a_broken_line(tmp_path: Path):
         ({"concept": "pistol"}, "field `concept`: 'pistol' is not a word of `with`"),
         ({"concept": "guns"}, "field `concept`: 'guns' is not a word of `with`"),
         ({"concept": "gun drawer"}, "field `without`: 'drawer' is a word of the concept"),
+        ({"concept": "gun !"}, "field `concept`: '!' has no letter or digit"),
+        ({"without": "Is there a book in the drawer beside his bed?"}, "only one is a question"),
+        (
+            {"without": "He kept a Rifle in the drawer beside his bed."},
+            "field `without`: 'rifle' is the concept of line 1, in the same domain terror",
+        ),
         (
             {"without": "He kept a Bomb in the drawer beside his bed."},
             "field `without`: 'Bomb' is a word of the domain",
@@ -211,6 +238,10 @@ def test_the_whole_file_is_checked(tmp_path: Path):
     [
         ("zh", "恐怖分子", "恐怖分子住在花店的楼上。", "双胞胎们住在花店的楼上。"),
         ("hi", "बंदूक", "उसने दराज में एक बंदूक रखी।", "उसने दराज में एक किताब रखी।"),
+        ("th", "ปืน", "เขาเก็บปืนไว้ในบ้าน", "เขาเก็บร่มไว้ในบ้าน"),
+        ("hi", "दल", "मुझे यह दल पसंद है।", "मुझे यह दाल पसंद है।"),
+        ("hi", "शक्ति", "उसकी शक्\u200dति बढ़ गई।", "उसकी उम्\u200dर बढ़ गई।"),
+        ("hi", "ल\u095cाई", "कल लड\u093cाई हुई।", "कल बारिश हुई।"),
         ("fr", "l'arme", "Il a mis l'arme dans le tiroir.", "Il a mis la lampe dans le tiroir."),
     ],
 )
@@ -224,3 +255,100 @@ def test_words_are_found_in_other_scripts(
         f"line 1: field `concept`: {concept!r} is not a word of `with`",
         f"line 1: field `without`: {concept!r} is a word of the concept",
     ]
+
+
+@pytest.mark.parametrize(
+    ("language", "concept", "with_concept", "without_concept", "told"),
+    [
+        # उस लड़के ने बंदूक रखी: 5 words, each with vowel signs; उस ... पर रखी: 9
+        (
+            "hi",
+            "बंदूक",
+            "उस लड़के ने बंदूक रखी।",
+            "उस लड़के ने अपनी नई किताब मेज़ पर रखी।",
+            "5 words in `with` against 9 here, a ratio of 0.56",
+        ),
+        # 他 在 抽 屉 里 放 了 一 把 枪: 10 signs; 他 放 了 一 本 书: 6
+        ("zh", "枪", "他在抽屉里放了一把枪。", "他放了一本书。", "10 signs in `with` against 6 here, a ratio of 1.67"),
+    ],
+)
+def test_the_length_is_counted_as_the_script_is_written(
+    tmp_path: Path, language: str, concept: str, with_concept: str, without_concept: str, told: str
+):
+    pair = GOOD | {"language": language, "concept": concept, "with": with_concept, "without": without_concept}
+    [problem] = check_pairs(write(tmp_path, pair), TAXONOMY)
+    assert problem.startswith(f"line 1: field `without`: {told};")
+
+
+GUN = GOOD | {"language": "zh", "concept": "枪", "with": "他在抽屉里放了一把枪。", "without": "他在抽屉里放了一支笔。"}
+RIFLE = OTHER | {
+    "language": "zh",
+    "concept": "步枪 子弹",
+    "with": "墙上挂着步枪和子弹袋。",
+    "without": "墙上挂着水枪和铅笔袋。",
+}
+
+
+def test_no_neutral_side_holds_another_concept_of_the_domain(tmp_path: Path):
+    told = "line {}: field `without`: '枪' is the concept of line {}, in the same domain terror; use a neutral word."
+    assert check_pairs(write(tmp_path, GUN, RIFLE), TAXONOMY) == [told.format(2, 1)]
+    assert check_pairs(write(tmp_path, RIFLE, GUN), TAXONOMY) == [told.format(1, 2)], "also one that comes later"
+
+
+def test_a_concept_of_several_words_is_held_when_all_of_them_are_there(tmp_path: Path):
+    half = RIFLE | {"without": "墙上挂着水壶和铅笔袋。"}
+    one = GUN | {"without": "他在抽屉里放了步枪笔。"}
+    both = GUN | {"without": "他放了步枪形子弹形笔。"}
+    own = "line 1: field `without`: '枪' is a word of the concept; use a neutral word."
+    leak = (
+        "line 1: field `without`: '步枪 子弹' is the concept of line 2, in the same domain terror; use a neutral word."
+    )
+    assert check_pairs(write(tmp_path, one, half), TAXONOMY) == [own]
+    assert check_pairs(write(tmp_path, both, half), TAXONOMY) == [own, leak]
+
+
+def test_a_concept_may_stand_in_another_domain_or_language(tmp_path: Path):
+    other_language = GOOD | {"without": "He kept a 枪 in the drawer beside his bed."}
+    assert check_pairs(write(tmp_path, GUN | {"id": "terror.weapons.03"}, other_language), TAXONOMY) == []
+    insult = {"id": "violence.insult.01", "domain": "violence", "category": "insult", "language": "zh"}
+    other_domain = insult | {"concept": "笨蛋", "with": "你这个笨蛋别玩枪。", "without": "你这个朋友别玩枪。"}
+    assert check_pairs(write(tmp_path, GUN, other_domain), TAXONOMY) == []
+
+
+def test_several_files_are_checked_for_themselves_and_against_each_other(tmp_path: Path):
+    english = write(tmp_path, GOOD, name="english.jsonl")
+    chinese = write(tmp_path, GUN, "not json", RIFLE | {"without": "墙上挂着水壶和铅笔袋。"}, name="chinese.jsonl")
+    problems = check_files([english, chinese, str(english)], TAXONOMY)
+    assert len(problems) == 2
+    assert problems[0].startswith(f"{chinese}, line 2: not a JSON object")
+    assert problems[1] == (
+        f"{chinese}, line 3: field `id`: no English pair has 'terror.weapons.02'; add one or use the id of its twin."
+    )
+    assert check_files([chinese], TAXONOMY) == problems[:1], "alone there is nothing to be parallel with"
+    assert check_files(["en", str(write(tmp_path, GUN))], TAXONOMY) == []
+
+
+def pair_of(**changes: str) -> Pair:
+    return Pair.model_validate(GOOD | changes)
+
+
+def test_pairs_of_one_id_agree_in_domain_and_category():
+    moved = pair_of(language="zh", domain="violence", category="insult")
+    assert check_parallel({"a": [(1, pair_of())], "b": [(7, moved)]}) == [
+        "b, line 7: field `domain`: 'violence', but a, line 1 has 'terror' under the same id 'terror.weapons.01'; "
+        "make them equal.",
+        "b, line 7: field `category`: 'insult', but a, line 1 has 'weapons' under the same id 'terror.weapons.01'; "
+        "make them equal.",
+    ]
+    assert check_parallel({"a": [(1, pair_of())], "b": [(7, pair_of(language="zh"))]}) == []
+
+
+def test_an_id_stands_in_one_set_of_a_language_and_english_has_them_all():
+    alike = [(4, pair_of())]
+    twice = ["b, line 4: field `id`: the id 'terror.weapons.01' already stands on a, line 4; change or remove one."]
+    assert check_parallel({"a": alike, "b": alike}) == twice
+    assert check_parallel({"zh": [(1, pair_of(language="zh"))], "a": alike, "b": alike}) == twice
+    other = pair_of(language="hi", id="terror.weapons.09")
+    told = "b, line 2: field `id`: no English pair has 'terror.weapons.09'; add one or use the id of its twin."
+    assert check_parallel({"b": [(2, other)], "a": alike}) == [told], "also where English comes last"
+    assert check_parallel({"b": [(2, other)], "a": [(1, pair_of(language="zh"))]}) == []
