@@ -7,11 +7,16 @@ from pathlib import Path
 __all__ = ["inert", "prompt", "prompt_hash", "prompts_fingerprint"]
 
 _FOLDER = Path(__file__).parent
+_NO_TEXT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]+")  # all but the tab
 
 
 def inert(text: str) -> str:
-    """Foreign text for the inside of a prompt: one line that can neither close its block nor forge a highlight."""
-    return re.sub(r"[\r\n\v\f\x85\u2028\u2029]+", " ", text).translate({ord("<"): "‹", ord("⟦"): "[", ord("⟧"): "]"})
+    """Foreign text for the inside of a prompt: one line that can neither close its block nor forge a highlight.
+
+    Line ends and control characters become spaces, and the signs that blocks and highlights are made of their
+    look-alikes; every other character stays.
+    """
+    return _NO_TEXT.sub(" ", text).translate({ord("<"): "‹", ord("⟦"): "[", ord("⟧"): "]"})
 
 
 def prompt(name: str) -> str:
