@@ -54,8 +54,9 @@ def strength(score: float | None) -> str:
 class NeuronDatabase:
     """The tables of a release's `neurons` folder or dataset repository.
 
-    `neurons` has a row per explained neuron, `quantiles` one per latent of the selected SAEs (so that every latent can
-    be normalised and shown), `scores` one per neuron and method, `explanations` one per neuron and language.
+    `neurons` has a row per neuron that was to be explained, `quantiles` one per latent of the selected SAEs (so that
+    every latent can be normalised and shown), `scores` {neuron id: a row per method and language}, `explanations`
+    {neuron id: {language: a row}}. A row whose status is not `ok` has no explanation, or no score.
     """
 
     neurons: dict[str, dict[str, Any]]
@@ -126,11 +127,13 @@ class NeuronDatabase:
         hook_point: str | None = None,
         min_score: float | None = None,
     ) -> list[dict[str, Any]]:
-        """The neurons whose explanation, concept or id holds every word of `text`, best score first."""
+        """The neurons whose explanation (in any language), concept or id holds every word of `text`, best first."""
         words = text.lower().split()
 
         def matches(row: dict[str, Any]) -> bool:
-            haystack = f"{row['neuron_id']} {row['explanation'] or ''} {row['category']} {row['concept']}".lower()
+            other = (said["explanation"] for said in self.explanations.get(row["neuron_id"], {}).values())
+            texts = (row["neuron_id"], row["explanation"], row["category"], row["concept"], *other)
+            haystack = " ".join(filter(None, texts)).lower()
             return (
                 all(word in haystack for word in words)
                 and (domain is None or domain in row["domains"])

@@ -8,11 +8,31 @@ from typing import Any
 
 import jinja2
 import pytest
+from made_release import GOLDEN, GOLDEN_FILES, made_explanations, made_recipe, made_release
+from made_release import HOSTILE as HOSTILE_EXPLANATION
 
 from safesail.assets import asset
-from safesail.release.build import flat_fidelity, redacted
-from safesail.release.cards import _latents_by_hand, _licence_of_texts, _sparsity_settings, md_cell, render
-from safesail.release.summary import aligned, curve_lines, domain_table, markdown, ordered, sae_table, score_bands
+from safesail.pairs import Pair
+from safesail.recipe import ScoreSection
+from safesail.release.cards import _latents_by_hand, _sparsity_settings, md_cell, render
+from safesail.release.contrast import activity_test, group_table, pair_table, threshold_table
+from safesail.release.facts import flat_fidelity
+from safesail.release.front_matter import licence_of_texts
+from safesail.release.methods import confusion_table, cost_table, definition, method_table, total_cost
+from safesail.release.redaction import redacted, snippets_of
+from safesail.release.summary import (
+    aligned,
+    candidate_table,
+    curve_lines,
+    domain_table,
+    markdown,
+    ordered,
+    sae_table,
+    score_bands,
+    selection_table,
+    status_lines,
+    status_table,
+)
 from safesail.taxonomy import Taxonomy
 from safesail.training.fidelity import FIDELITY
 
@@ -150,12 +170,18 @@ def test_redacting_twice_changes_nothing():
 )
 def test_a_word_split_over_tokens_is_masked_whole_in_a_snippet(tokens: list[str], peak: int):
     """Wherever the peak falls, no part of a domain's word but its first letter is left beside the mask."""
-    from safesail.release.build import _snippets
-
     row = {"neuron_id": "n", "half": "explain", "rank": 0, "peak": peak, "tokens": tokens}
-    snippet = _snippets([row], TAXONOMY)["n"]
+    snippet = snippets_of([row], TAXONOMY)["n"]
     assert not re.search(r"terr|orist|\bca|\bbo|omb|mb\b", snippet), snippet
     assert "***" in snippet
+
+
+def test_a_clause_of_a_script_without_spaces_is_not_shown_whole():
+    """The word lists are English, and a Chinese clause is one run of signs: only its first sign is left."""
+    clause = "他们在山里藏了很多很多的武器和炸药准备袭击附近的城市"
+    tokens = ["开头", f" {clause}", " rifle", " 结尾", " end"]
+    row = {"neuron_id": "n", "half": "explain", "rank": 0, "peak": 2, "tokens": tokens}
+    assert snippets_of([row], TAXONOMY)["n"] == "… 他*** r*** 结尾 …"
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -171,12 +197,12 @@ NEURONS = [
 
 def test_the_domain_table_by_hand():
     _, cells = domain_table(NEURONS, ["terror", "violence", "politics"])
-    assert [row[:3] + row[4:] for row in cells] == [
-        ["terror", "3", "0.40", "1", "0.20", "1"],
-        ["violence", "1", "0.10", "0", "0.20", "0"],
-        ["politics", "0", "", "0", "", "0"],
-        ["none", "2", "0.05", "1", "0.00", "0"],
-        ["all", "5", "0.20", "2", "0.20", "1"],
+    assert cells == [  # domain, neurons, without a score, median, quartiles, above 0.2, baseline, beats it
+        ["terror", "3", "1", "0.40", "0.25 – 0.55", "1", "0.20", "1"],
+        ["violence", "1", "0", "0.10", "", "0", "0.20", "0"],
+        ["politics", "0", "0", "", "", "0", "", "0"],
+        ["none", "2", "0", "0.05", "-0.08 – 0.17", "1", "0.00", "0"],
+        ["all", "5", "1", "0.20", "0.03 – 0.40", "2", "0.20", "1"],
     ]
 
 
@@ -188,7 +214,7 @@ def test_every_score_is_in_one_band():
         "0 to 0.2": 1,
         "0.2 to 0.3": 1,
         "0.6 to 1": 1,
-        "undefined": 1,
+        "none": 1,
     }
 
 
@@ -200,7 +226,10 @@ def test_a_score_on_an_edge_is_counted_once(score: float):
 def sae_row(sae_id: str, architecture: str, l0: float, **numbers: Any) -> dict[str, Any]:
     """A row of the `selection` table."""
     row = {"sae_id": sae_id, "architecture": architecture, "selected": True, "k": 32, "l0": l0, "dead": 0.01}
-    row |= {"dense": 0.002, "kl": 0.1234, "i_cdf": 0.01, "i_cdf_swapped": 0.005, "fvu": 0.2}
+    row |= {"dense": 0.002, "kl": 0.1234, "fvu": 0.2, "as_good_as_best": True}
+    row |= {"i_cdf": 0.01, "i_cdf_low": 0.009, "i_cdf_high": 0.0125, "i_cdf_null": 0.004, "i_cdf_p": 0.001}
+    row |= {"above_null": 0.006, "above_null_low": 0.005, "above_null_high": 0.0085}
+    row |= {"l0_t": {"0": 12.25, "0.1": 3.0}, "l0_t_null": {"0": 9.0, "0.1": 0.04}}
     row |= {"explained_variance": 0.8, "explained_variance_low": 0.79, "explained_variance_high": 0.8125}
     return row | {"ce_recovered": 0.75, "ce_recovered_low": 0.5, "ce_recovered_high": 1.0} | numbers
 
@@ -215,10 +244,29 @@ def test_a_row_of_the_sae_table_by_hand():
         "dense": "0.2 %",
         "CE recovered": "75.0 % [50.0, 100.0]",
         "KL": "0.123",
-        "I_CDF": "0.0100",
-        "swapped": "0.0050",
         "selected": "yes",
     }
+
+
+def test_a_row_of_the_selection_table_by_hand():
+    header, (cells,) = selection_table([sae_row("layers.9.mlp/topk-k4-w64", "topk", 4.0)])
+    assert dict(zip(header, cells, strict=True)) == {
+        "SAE": "layers.9.mlp/topk-k4-w64",
+        "L0": "4.0",
+        "I_CDF": "0.01000 [0.00900, 0.01250]",
+        "null": "0.00400",
+        "p": "0.001",
+        "above null": "0.00600 [0.00500, 0.00850]",
+        "as good as best": "yes",
+        "selected": "yes",
+    }
+
+
+def test_a_contrast_without_null_or_interval_leaves_its_cells_empty():
+    gone = dict.fromkeys(("i_cdf_low", "i_cdf_high", "i_cdf_null", "i_cdf_p", "above_null"))
+    gone |= {"above_null_low": None, "above_null_high": None, "selected": False, "as_good_as_best": False}
+    _, (cells,) = selection_table([sae_row("a/b", "topk", 4.0, **gone)])
+    assert cells == ["a/b", "4.0", "0.01000", "", "", "", "", ""]
 
 
 def test_an_undefined_ce_is_an_empty_cell_and_a_number_without_interval_stands_alone():
@@ -234,39 +282,209 @@ def test_the_table_of_the_longest_names_fits_a_terminal():
     long |= {f"explained_variance{end}": -12.3456 for end in ("", "_low", "_high")}
     rows = [sae_row(f"layers.35.self_attn/{name}", "x", 12345.6, **long) for name in ("matryoshka-k200-w65536",)]
     assert max(map(len, aligned(*sae_table(rows)).splitlines())) < 160
+    assert max(map(len, aligned(*selection_table(rows)).splitlines())) < 160
+    assert max(map(len, curve_lines(rows))) < 160
+
+
+def contrast(value: float | None, half: float | None = None) -> dict[str, float | None]:
+    ends = (None, None) if half is None or value is None else (value - half, value + half)
+    return {"above_null": value, "above_null_low": ends[0], "above_null_high": ends[1]}
 
 
 SWEEP = [
-    sae_row("layers.9.mlp/topk-k32-w64", "topk", 31.5, fvu=0.2, i_cdf=0.02),
-    sae_row("layers.9.mlp/relu-c0.1-w64", "relu", 8.25, fvu=0.4, i_cdf=0.005),
-    sae_row("layers.9.mlp/topk-k8-w64", "topk", 8.0, fvu=0.25, i_cdf=0.0),
-    sae_row("layers.15.mlp/topk-k8-w64", "topk", 8.0, fvu=None, i_cdf=0.01),
+    sae_row("layers.9.mlp/topk-k32-w64", "topk", 31.5, fvu=0.2, **contrast(0.02, 0.005)),
+    sae_row("layers.9.mlp/relu-c0.1-w64", "relu", 8.25, fvu=0.4, selected=False, **contrast(0.005)),
+    sae_row("layers.9.mlp/topk-k8-w64", "topk", 8.0, fvu=0.25, selected=False, **contrast(-0.001, 0.002)),
+    sae_row("layers.15.mlp/topk-k8-w64", "topk", 8.0, fvu=None, **contrast(None)),
 ]
 
 
 def test_rows_are_ordered_by_hook_point_architecture_and_l0():
     shown = ["topk-k8-w64", "topk-k32-w64", "relu-c0.1-w64", "topk-k8-w64"]
     assert [row["sae_id"].partition("/")[2] for row in ordered(SWEEP)] == shown
-    assert [cells[0].partition("/")[2] for cells in sae_table(SWEEP)[1]] == shown
+    for table in (sae_table, selection_table):
+        assert [cells[0].partition("/")[2] for cells in table(SWEEP)[1]] == shown
     assert [row["sae_id"].partition("/")[0] for row in ordered(SWEEP)] == ["layers.9.mlp"] * 3 + ["layers.15.mlp"]
 
 
 def test_the_curve_by_hand():
-    """Bars are scaled to the largest FVU, 0.4, and the largest I_CDF, 0.02, of all rows: 20 characters."""
+    """Bars are scaled to the largest FVU, 0.4, and the largest contrast, 0.02, of all rows: 20 characters."""
     assert curve_lines(SWEEP) == [
-        "layers.9.mlp          L0  FVU                         I_CDF",
-        "  topk-k8-w64        8.0  0.250 ████████████▌         0.0000",
-        "  topk-k32-w64      31.5  0.200 ██████████            0.0200 ████████████████████",
-        "  relu-c0.1-w64      8.2  0.400 ████████████████████  0.0050 █████",
-        "layers.15.mlp         L0  FVU                         I_CDF",
-        "  topk-k8-w64        8.0                              0.0100 ██████████",
+        "layers.9.mlp          L0  FVU                         I_CDF above its null",
+        "  topk-k8-w64        8.0  0.250 ████████████▌         -0.00100 [-0.00300, 0.00100]",
+        f"  topk-k32-w64      31.5  0.200 {'█' * 10}            0.02000 [0.01500, 0.02500]    {'█' * 20} selected",
+        "  relu-c0.1-w64      8.2  0.400 ████████████████████  0.00500                       █████",
+        "layers.15.mlp         L0  FVU                         I_CDF above its null",
+        "  topk-k8-w64        8.0" + " " * (2 + 26 + 2 + 29 + 1 + 20 + 1) + "selected",
     ]
 
 
 def test_a_curve_of_nothing_or_of_zeros_has_no_bars():
     assert curve_lines([]) == []
-    _, line = curve_lines([sae_row("layers.9.mlp/relu-w64", "relu", 0.0, fvu=0.0, i_cdf=0.0)])
-    assert line.split() == ["relu-w64", "0.0", "0.000", "0.0000"]
+    _, line = curve_lines([sae_row("a/relu-w64", "relu", 0.0, fvu=0.0, selected=False, **contrast(0.0))])
+    assert line.split() == ["relu-w64", "0.0", "0.000", "0.00000"]
+
+
+def candidate(q_value: float, level: str, explain: bool) -> dict[str, Any]:
+    return {"latent": 1, "q_value": q_value, "level": level, "explain": explain}
+
+
+def test_the_candidate_table_by_hand():
+    terror = [candidate(0.01, "domain", True), candidate(0.0825, "category", False), candidate(0.02, "domain", True)]
+    header, cells = candidate_table({"layers.9.mlp": {"terror": terror, "violence": []}}, 0.1)
+    assert header[-1] == "FDR (at most 0.1)"
+    assert cells == [
+        ["layers.9.mlp", "terror", "3", "1", "2", "0.083"],  # candidates, of a category alone, to be explained
+        ["layers.9.mlp", "violence", "0", "0", "0", ""],
+    ]
+
+
+# --- contrast in groups of pairs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reduction", "quantile", "said"),
+    [
+        ("max", 0.0, "the largest of its activations on the query's counted tokens is above zero"),
+        ("last", 0.9, "its activation on the query's last counted token is above its own 0.9 quantile over held-out"),
+        ("mean", 0.0, "the mean of its activations on the query's counted tokens is above zero"),
+    ],
+)
+def test_the_activity_test_in_words(reduction: str, quantile: float, said: str):
+    assert activity_test({"reduction": reduction, "activity_quantile": quantile}).startswith(said)
+
+
+def test_pairs_are_counted_by_language_and_domain():
+    texts = {"category": "c", "concept": "x", "with": "x", "without": "y"}
+    places = [("en", "terror"), ("zh", "terror"), ("en", "politics"), ("en", "terror")]
+    pairs = [
+        Pair.model_validate({"id": str(i), "language": l, "domain": d, **texts}) for i, (l, d) in enumerate(places)
+    ]
+    header, cells = pair_table(pairs, ["politics", "violence", "terror"])
+    assert header == ["language", "politics", "violence", "terror", "all"]
+    assert cells == [["en", "1", "0", "2", "3"], ["zh", "0", "0", "1", "1"]]
+
+
+def test_l0_t_stands_beside_its_null():
+    header, (cells,) = threshold_table([sae_row("a/b", "topk", 4.0)])
+    assert dict(zip(header, cells, strict=True)) == {"SAE": "a/b", "t = 0": "12.2 (9.0)", "t = 0.1": "3.0 (0.0)"}
+
+
+def test_the_contrast_of_groups_has_the_selected_saes_alone():
+    def row(sae: str, group: str, value: float | None, p: float | None, **more: Any) -> dict[str, Any]:
+        settings = {"sae_id": sae, "selected": True, "grouping": "domain", "group": group, "n_pairs": 12}
+        return settings | {"above_null": value, "i_cdf_p": p} | more
+
+    rows = [
+        row("a/x", "terror", 0.0012, 0.004),
+        row("a/y", "terror", 0.9, 0.001, selected=False),
+        row("a/x", "cult", 0.9, 0.001, grouping="category"),
+        row("a/x", "politics", -0.0003, None),
+        row("b/x", "terror", None, None),
+    ]
+    header, cells = group_table(rows, "domain")
+    assert header == ["domain", "pairs", "a/x", "b/x"]
+    assert cells == [["terror", "12", "0.00120 (p 0.004)", ""], ["politics", "12", "-0.00030", ""]]
+
+
+# --- what came of the questions -----------------------------------------------------------------------------------
+
+
+def asked(status: str, language: str = "en", method: str = "segment-5/llm", **more: Any) -> dict[str, Any]:
+    row = {"status": status, "language": language, "method": method, "score": None, "auroc": None, "n_units": 40}
+    row |= dict.fromkeys(("true_positives", "false_positives", "false_negatives", "true_negatives"))
+    return row | {"prompt_tokens": 0, "completion_tokens": 0, "cost_usd": 0.0} | more
+
+
+EXPLANATIONS = [asked("ok"), asked("refused"), asked("refused"), asked("failed", "zh"), asked("unparsed", "zh")]
+SCORED = [
+    asked("ok", score=0.5, auroc=0.75, prompt_tokens=100, completion_tokens=10, cost_usd=0.25),
+    asked("ok", score=0.1, auroc=0.5, prompt_tokens=20, completion_tokens=5, cost_usd=0.5),
+    asked("undefined", prompt_tokens=1, cost_usd=0.25),
+    asked("refused", "zh", cost_usd=None, prompt_tokens=3),
+    asked("ok", "", "segment-5/lexical", score=0.2, auroc=0.5),
+]
+
+
+def test_every_status_is_counted_by_language_and_method():
+    assert status_table(EXPLANATIONS, SCORED) == (
+        ["", "ok", "refused", "unparsed", "failed", "undefined"],
+        [
+            ["explanations, en", "1", "2", "0", "0", "0"],
+            ["explanations, zh", "0", "0", "1", "1", "0"],
+            ["segment-5/llm, en", "2", "0", "0", "0", "1"],
+            ["segment-5/llm, zh", "0", "1", "0", "0", "0"],
+            ["segment-5/lexical", "1", "0", "0", "0", "0"],
+        ],
+    )
+
+
+def test_the_lines_after_explain_name_the_domains_of_the_refusals():
+    lines = status_lines(EXPLANATIONS, [], {"terror": 2, "politics": 0, "violence": 1})
+    assert lines == [
+        "                  ok  refused  unparsed  failed  undefined",
+        "explanations, en   1        2         0       0          0",
+        "explanations, zh   0        0         1       1          0",
+        "refused explanations by domain: terror 2 · violence 1",
+    ]
+    assert len(status_lines(EXPLANATIONS, [], {"terror": 0})) == 3
+    assert status_lines([], []) == []
+
+
+def test_the_scores_of_each_method_and_language_by_hand():
+    header, cells = method_table(SCORED)
+    assert header[2:] == ["scored", "median score", "quartiles", "score > 0.2", "median AUROC", "units"]
+    assert cells == [  # the quartiles of 0.1 and 0.5 are 0.2 and 0.4; the mean of 0.75 and 0.5 is 0.625
+        ["`segment-5/llm`", "en", "2 of 3", "0.30", "0.20 – 0.40", "1", "0.62", "120"],
+        ["`segment-5/llm`", "zh", "0 of 1", "", "", "0", "", "40"],
+        ["`segment-5/lexical`", "", "1 of 1", "0.20", "", "0", "0.50", "40"],
+    ]
+
+
+def test_confusion_counts_are_summed_over_the_rows_that_have_them():
+    def counts(hits: int, alarms: int, misses: int, rests: int) -> dict[str, int]:
+        names = ("true_positives", "false_positives", "false_negatives", "true_negatives")
+        return dict(zip(names, (hits, alarms, misses, rests), strict=True))
+
+    rows = [asked("ok", **counts(3, 1, 2, 1000)), asked("ok", **counts(3, 1, 0, 4)), asked("refused")]
+    rows += [asked("ok", "zh", **counts(0, 0, 2, 4)), asked("ok", method="similarity/embedding")]
+    header, cells = confusion_table(rows)
+    assert header[2:] == ["true +", "false +", "false −", "true −", "precision", "recall"]
+    assert cells == [
+        ["`segment-5/llm`", "en", "6", "2", "2", "1,004", "0.75", "0.75"],
+        ["`segment-5/llm`", "zh", "0", "0", "2", "4", "", "0.00"],  # nothing was called active
+    ]
+
+
+def test_costs_are_summed_and_a_missing_price_is_said():
+    asked_twice = [asked("ok", prompt_tokens=900, completion_tokens=150, cost_usd=0.0)] * 2
+    header, cells = cost_table(asked_twice, SCORED)
+    assert header == ["", "prompt tokens", "completion tokens", "USD"]
+    assert cells == [  # the lexical baseline asked nobody and has no line
+        ["explanations", "1,800", "300", "0"],
+        ["scores, `segment-5/llm`", "124", "15", "no price was given"],
+    ]
+    assert total_cost(SCORED[:3]) == 1.0
+    assert total_cost(SCORED) is None
+    assert cost_table([], []) == (header, [])
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("segment-7/llm", ["at least 7 tokens", "any token of the segment is active (above 0.25 of", "language model"]),
+        ("segment-7/embedding", ["at least 7 tokens", "cosine of the segment and the explanation"]),
+        ("token/llm", ["in tenths of the normaliser, 0 to 10", "how active it expects the tokens to be"]),
+        ("token/lexical", ["0 to 10", "holds a token that carried the neuron before: no explanation is read"]),
+        ("detection/llm", ["whole texts", "any token of the text is active (above 0.25 of", "the texts to be"]),
+        ("similarity/embedding", ["whole texts", "cosine of the text and the explanation"]),
+        ("text/lexical", ["any token of the text is active", "no explanation is read"]),
+    ],
+)
+def test_every_method_is_defined(method: str, said: list[str]):
+    text = definition(method, ScoreSection(segment_tokens=7, active_above=0.25))
+    assert all(words in text for words in said), text
+    assert "{" not in text
 
 
 def test_intervals_stand_beside_their_numbers():
@@ -325,9 +543,71 @@ def test_both_kinds_of_table_by_hand():
 # --- the cards of a run -------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(params=["made", "demo_run"])
+def release(request: pytest.FixtureRequest) -> Path:
+    """A release of invented facts with every kind of failure, and one that was made in truth."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(params=PARTS)
-def card(request: pytest.FixtureRequest, demo_run: Path) -> str:
-    return (demo_run / request.param / "README.md").read_text(encoding="utf-8")
+def card(request: pytest.FixtureRequest, release: Path) -> str:
+    return (release / request.param / "README.md").read_text(encoding="utf-8")
+
+
+def without_version(text: str) -> str:
+    return re.sub(r"safesail \d+\.\d+\.\d+", "safesail X", text)
+
+
+@pytest.mark.parametrize("name", GOLDEN_FILES)
+def test_the_cards_of_the_invented_release_are_the_golden_ones(made: Path, name: str):
+    """`python tests/made_release.py` writes them anew."""
+    golden = (GOLDEN / name).read_text(encoding="utf-8")
+    assert without_version((made / name).read_text(encoding="utf-8")) == without_version(golden)
+
+
+def test_an_absent_fact_removes_its_line(made: Path, tmp_path: Path):
+    """Of a local explainer without refusals and without methods that ask or say yes and no."""
+    settings = {"explain": {"backend": "local", "model": "", "languages": ["en"]}}
+    settings |= {"score": {"methods": ["text-embedding"], "backend": "local", "model": ""}}
+    said = [row | {"cost_usd": 0.0} for row in made_explanations() if row["language"] == "en"]
+    scores = [
+        asked(row["status"], method="similarity/embedding", neuron_id=row["neuron_id"], n_active=5, n_texts=4)
+        | {"simulator": "e", "low": None, "high": None, "detail": ""}
+        for row in said
+    ]
+    recipe = made_recipe(tmp_path, **settings)
+    folder = made_release(tmp_path, recipe, explanations=said, scores=scores, explained={})
+    text, full = ((run / "neurons/README.md").read_text(encoding="utf-8") for run in (folder, made))
+    for line in ("Refused explanations by", "Confusion counts", "no price was given", "The main table shows"):
+        assert line in full
+        assert line not in text
+    for line in ("Explained by m, the model under study itself, in en.", "The explainer is the model under study"):
+        assert line in text
+        assert line not in full
+    assert "| explanations | 600 | 120 | 0 |" in text
+
+
+def test_a_hostile_explanation_is_text_in_the_card(made: Path):
+    text = (made / "neurons/README.md").read_text(encoding="utf-8")
+    assert HOSTILE_EXPLANATION not in text
+    assert "<script>" not in text
+    assert md_cell(HOSTILE_EXPLANATION) in text
+
+
+def test_pair_sets_of_ones_own_are_named_without_their_place(made: Path):
+    assert "own&#45;pairs.jsonl" in (made / "saes/README.md").read_text(encoding="utf-8")
+    assert json.loads((made / "saes/config.json").read_text())["selected_by"]["pairs"] == ["own-pairs.jsonl"]
+
+
+def test_the_card_shows_the_curve_that_lies_beside_it(release: Path):
+    (shown,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (release / "saes/README.md").read_text(encoding="utf-8"))
+    assert shown == "curve.svg"
+    assert (release / "saes" / shown).read_text(encoding="utf-8").startswith("<svg ")
 
 
 @pytest.mark.parametrize(
@@ -335,7 +615,7 @@ def card(request: pytest.FixtureRequest, demo_run: Path) -> str:
     [(["mit", "mit"], "mit"), (["mit", "apache-2.0"], "other"), (["mixed"], "other"), ([""], "other")],
 )
 def test_excerpts_have_the_licence_of_their_sources_or_other(licences: list[str], said: str):
-    assert _licence_of_texts([("source", 1, licence) for licence in licences])["license"] == said
+    assert licence_of_texts([("source", 1, licence) for licence in licences])["license"] == said
 
 
 def test_the_front_matter_parses_as_what_it_is(demo_run: Path):
@@ -362,18 +642,18 @@ def test_the_front_matter_parses_as_what_it_is(demo_run: Path):
     assert space.models[0].endswith("-saes")
 
 
-def test_the_results_in_the_front_matter_are_those_of_the_selected_saes(demo_run: Path):
+def test_the_results_in_the_front_matter_are_those_of_the_selected_saes(release: Path):
     from huggingface_hub import ModelCard
 
-    manifest = json.loads((demo_run / "saes/config.json").read_text())
+    manifest = json.loads((release / "saes/config.json").read_text())
     measured = {sae["id"]: sae for sae in manifest["saes"] if sae["selected"]}
-    results = ModelCard.load(demo_run / "saes/README.md").data.eval_results
+    results = ModelCard.load(release / "saes/README.md").data.eval_results
     for result in results:
-        key = result.metric_type.removesuffix("/v1")
+        key = result.metric_type.partition("/")[0]
         sae_id = result.metric_name.rpartition("(")[2].rstrip(")")
         assert result.metric_value == pytest.approx(measured[sae_id][key], rel=1e-5)
     found = {(result.metric_name.rpartition("(")[2].rstrip(")"), result.metric_type) for result in results}
-    keys = (*FIDELITY, "i_cdf")
+    keys = (*FIDELITY, "i_cdf", "above_null")
     assert found == {(i, f"{key}/v1") for i, sae in measured.items() for key in keys if sae[key] is not None}
 
 
@@ -411,17 +691,17 @@ def test_a_card_renders_every_table_it_holds(card: str):
     assert "html_block" not in [token.type for token in tokens]
 
 
-def test_nothing_published_names_a_local_path(demo_run: Path):
+def test_nothing_published_names_a_local_path(release: Path):
     local = {
-        str(demo_run),
-        str(demo_run.parent),
+        str(release),
+        str(release.parent),
         tempfile.gettempdir() + "/",
         str(asset("cards").parent),
         str(Path.home()),
     }
     n_files = 0
     for part in PARTS:
-        for path in (demo_run / part).rglob("*"):
+        for path in (release / part).rglob("*"):
             if path.suffix in {".md", ".json"}:
                 n_files += 1
                 text = path.read_text(encoding="utf-8")
@@ -429,32 +709,33 @@ def test_nothing_published_names_a_local_path(demo_run: Path):
     assert n_files > 10
 
 
-def test_no_column_of_a_published_table_names_a_local_path(demo_run: Path):
+def test_no_column_of_a_published_table_names_a_local_path(release: Path):
     import pyarrow.parquet as pq
 
     for part in ("neurons", "examples"):
-        for path in (demo_run / part).rglob("*.parquet"):
+        for path in (release / part).rglob("*.parquet"):
             text = json.dumps(pq.read_table(path).to_pylist())
             assert tempfile.gettempdir() + "/" not in text, path
 
 
-def test_the_code_of_a_card_names_what_exists(demo_run: Path):
-    text = (demo_run / "saes/README.md").read_text(encoding="utf-8")
+def test_the_code_of_a_card_names_what_exists(release: Path):
+    text = (release / "saes/README.md").read_text(encoding="utf-8")
     (hook_point,) = re.findall(r'Sae\.from_pretrained\("[^"]+-saes", "([^"]+)"\)', text)
     (sae_id,) = re.findall(r'SAE\.from_pretrained\("[^"]+-saes", "([^"]+)"\)', text)
-    manifest = json.loads((demo_run / "saes/config.json").read_text())
+    manifest = json.loads((release / "saes/config.json").read_text())
     assert manifest["selected"][hook_point] == sae_id
-    assert (demo_run / "saes" / sae_id / "sae_weights.safetensors").is_file()
+    assert (release / "saes" / sae_id / "sae_weights.safetensors").is_file()
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         compile(block, "card", "exec")
 
 
-def test_the_numbers_of_the_neurons_card_are_those_of_its_table(demo_run: Path):
+def test_the_numbers_of_the_neurons_card_are_those_of_its_table(release: Path):
     import pyarrow.parquet as pq
 
-    rows = pq.read_table(demo_run / "neurons/neurons/train.parquet").to_pylist()
-    text = (demo_run / "neurons/README.md").read_text(encoding="utf-8")
+    rows = pq.read_table(release / "neurons/neurons/train.parquet").to_pylist()
+    text = (release / "neurons/README.md").read_text(encoding="utf-8")
     n_weak = sum(row["score"] is not None and row["score"] <= 0.2 for row in rows)
     assert f"activation statistics of {len(rows)} safety-related latents" in text
-    assert f"{n_weak} of {len(rows)} score 0.2 or less" in text
+    n_scored = sum(row["score"] is not None for row in rows)
+    assert f"{n_weak} of {n_scored} score 0.2 or less" in text
     assert f"| all | {len(rows)} |" in text

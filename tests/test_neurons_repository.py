@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from made_release import NEURONS, PAIRS, made_explanations, made_recipe, made_release, made_scores, made_tags
 
 from safesail import NeuronDatabase, Sae
 from safesail.diagnosis.inspector import Inspection
@@ -24,13 +25,24 @@ from safesail.sae.sparse import Codes
 from safesail.taxonomy import Taxonomy
 from safesail.training.fidelity import FIDELITY
 
-CONFIGS = ("neurons", "explanations", "scores", "quantiles", "selection")
+CONFIGS = ("neurons", "explanations", "scores", "quantiles", "selection", "contrast", "pairs")
 HOOK_POINTS = ["layers.0.mlp", "layers.1.mlp"]
 
 
 @pytest.fixture(scope="module")
 def database(demo_run: Path) -> NeuronDatabase:
     return NeuronDatabase.load(demo_run)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of invented facts in two languages, with every kind of failure."""
+    return made_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(params=["made", "demo_run"])
+def release(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 # --- ids ----------------------------------------------------------------------------------------------------------
@@ -114,7 +126,9 @@ def made_database() -> NeuronDatabase:
         {"neuron_id": "layers.0.mlp/1", "hook_point": "layers.0.mlp", "normaliser": 2.5},
         {"neuron_id": "layers.1.mlp/0", "hook_point": "layers.1.mlp", "normaliser": 1.0},
     ]
-    return NeuronDatabase({r["neuron_id"]: r for r in rows}, {q["neuron_id"]: q for q in quantiles}, {}, {})
+    said: dict[str, Any] = {"layers.0.mlp/9": {"en": {"explanation": "Gardens"}, "zh": {"explanation": "花园和Parks"}}}
+    said["layers.0.mlp/4"] = {"en": {"explanation": None}, "zh": {"explanation": None}}
+    return NeuronDatabase({r["neuron_id"]: r for r in rows}, {q["neuron_id"]: q for q in quantiles}, {}, said)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +146,9 @@ def made_database() -> NeuronDatabase:
         ("", {"min_score": -1.0}, [9, 2, 3, 5]),
         ("", {"hook_point": "layers.1.mlp"}, [2]),
         ("nothing like it", {}, []),
+        ("花园", {}, [9]),
+        ("parks gardens", {}, [9]),  # words of two languages' explanations
+        ("none", {}, []),
     ],
 )
 def test_search_finds_by_text_domain_hook_point_and_score(text: str, options: dict[str, Any], latents: list[int]):
@@ -195,7 +212,7 @@ def test_every_neuron_has_its_latent_its_statistics_its_scores_and_its_explanati
             quantiles["firing_rate"],
         )
         methods = {score["method"]: score for score in database.scores[row["neuron_id"]]}
-        assert set(methods) == {"segment-5/embedding", "segment-5/lexical"}
+        assert set(methods) == {"segment-5/embedding", "segment-5/lexical", "similarity/embedding"}
         assert row["score"] == methods["segment-5/embedding"]["score"]
         assert row["lexical_score"] == methods["segment-5/lexical"]["score"]
         assert database.explanations[row["neuron_id"]]["en"]["explanation"] == row["explanation"]
@@ -211,7 +228,9 @@ def test_scores_lie_in_their_intervals_or_are_null(database: NeuronDatabase):
         else:
             assert row["status"] == "ok"
             assert row["low"] is None or -1 <= row["low"] <= row["score"] + 1e-9 <= row["high"] + 2e-9 <= 1 + 4e-9
-        assert 0 <= row["n_active"] <= row["n_segments"]
+        assert 0 <= row["n_active"] <= row["n_units"]
+        counts = [row[f"{kind}_{sign}"] for kind in ("true", "false") for sign in ("positives", "negatives")]
+        assert counts == [None] * 4 or sum(counts) == row["n_units"]
 
 
 def test_every_latent_of_the_selected_saes_has_ascending_quantiles(demo_run: Path, database: NeuronDatabase):
@@ -262,23 +281,24 @@ def test_latents_are_counted_on_the_tokens_of_the_policy_only(demo_run: Path):
         torch.testing.assert_close(values, dense[rows.long(), j], rtol=1e-4, atol=1e-4)
 
 
-def test_the_manifest_marks_the_sae_that_carries_the_most_concepts(demo_run: Path):
-    manifest = Repository(str(demo_run / "saes")).json("config.json")
-    assert len(manifest["saes"]) == 6
+def test_the_manifest_marks_the_most_faithful_of_the_saes_that_are_as_good_as_the_best(release: Path):
+    manifest = Repository(str(release / "saes")).json("config.json")
     for hook_point, chosen in manifest["selected"].items():
         mine = {sae["id"]: sae for sae in manifest["saes"] if sae["id"].startswith(f"{hook_point}/")}
-        assert mine[chosen]["i_cdf"] == max(sae["i_cdf"] for sae in mine.values())
+        good = [sae for sae in mine.values() if sae["as_good_as_best"]]
+        assert mine[chosen]["explained_variance"] == max(sae["explained_variance"] for sae in good)
+        assert max(mine.values(), key=lambda sae: sae[manifest["selected_by"]["criterion"]]) in good
         assert [name for name, sae in mine.items() if sae["selected"]] == [chosen]
 
 
-def test_every_sae_is_published_with_its_fidelity_and_intervals(demo_run: Path):
+def test_every_sae_is_published_with_its_fidelity_and_intervals(release: Path):
     """The same numbers in metrics.json, the manifest and the `selection` table, which are those of fidelity.json."""
-    measured = Run.open(demo_run).json_of("eval", "fidelity.json")
-    manifest = {sae["id"]: sae for sae in Repository(str(demo_run / "saes")).json("config.json")["saes"]}
-    table = {row["sae_id"]: row for row in read_table(demo_run / "neurons/selection/train.parquet")}
+    measured = Run.open(release).json_of("eval", "fidelity.json")
+    manifest = {sae["id"]: sae for sae in Repository(str(release / "saes")).json("config.json")["saes"]}
+    table = {row["sae_id"]: row for row in read_table(release / "neurons/selection/train.parquet")}
     assert set(measured) == set(manifest) == set(table)
     for sae_id, numbers in measured.items():
-        metrics = Repository(str(demo_run / "saes")).json(f"{sae_id}/metrics.json")["metrics"]
+        metrics = Repository(str(release / "saes")).json(f"{sae_id}/metrics.json")["metrics"]
         for name in FIDELITY:
             low, high = numbers["intervals"][name]
             for place in (metrics, manifest[sae_id], table[sae_id]):
@@ -286,6 +306,22 @@ def test_every_sae_is_published_with_its_fidelity_and_intervals(demo_run: Path):
             assert numbers["definitions"][name] in DEFINITIONS
             assert None in (numbers[name], low) or low - 1e-9 <= numbers[name] <= high + 1e-9
         assert table[sae_id]["architecture"] == sae_id.rpartition("/")[2].partition("-")[0]
+
+
+def test_the_contrast_of_an_sae_is_published_with_its_null_and_the_options(release: Path):
+    """The same numbers in metrics.json and the `selection` table; the manifest names what they depend on."""
+    measured = Run.open(release).json_of("select", "selection.json")
+    manifest = Repository(str(release / "saes")).json("config.json")
+    table = {row["sae_id"]: row for row in read_table(release / "neurons/selection/train.parquet")}
+    assert manifest["selected_by"] == measured["options"]
+    for sae_id, numbers in measured["curve"].items():
+        metrics = Repository(str(release / "saes")).json(f"{sae_id}/metrics.json")["metrics"]
+        for name in ("i_cdf", "i_cdf_low", "i_cdf_null", "i_cdf_p", "above_null", "above_null_high", "as_good_as_best"):
+            assert metrics[name] == table[sae_id][name] == numbers[name], name
+        for t, value in numbers["l0_t"].items():
+            assert (metrics["l0_t"][t], metrics["l0_t_null"][t]) == (value, numbers["l0_t_null"][t])
+            assert table[sae_id][f"l0_t_{t}"] == value
+            assert table[sae_id][f"l0_t_{t}_null"] == numbers["l0_t_null"][t]
 
 
 # --- what fires on a token ----------------------------------------------------------------------------------------
@@ -306,6 +342,76 @@ def test_tokens_may_have_different_numbers_of_active_latents():
     )
     fired = [[(hit.latent, hit.activation) for hit in inspection.hits(i)] for i in range(3)]
     assert fired == [[(1, 2.0), (0, 1.0)], [], [(1, 5.0)]]
+
+
+# --- several languages and every status ---------------------------------------------------------------------------
+
+
+def test_a_neuron_has_its_explanations_and_scores_in_every_language(made: Path):
+    database = NeuronDatabase.load(made)
+    first = NEURONS[0]
+    said = {language: row["explanation"] for language, row in database.explanations[first].items()}
+    assert said == {"en": "Words about bombs.", "zh-Hant": "關於炸彈的詞。"}
+    assert {(row["method"], row["language"], row["score"]) for row in database.scores[first]} == {
+        ("segment-5/llm", "en", 0.5),
+        ("segment-5/llm", "zh-Hant", 0.25),
+        ("segment-5/lexical", "", 0.2),
+        ("similarity/embedding", "en", 0.0),
+    }
+    assert [row["neuron_id"] for row in database.search("炸彈 bombs")] == [NEURONS[0], NEURONS[5], NEURONS[2]]
+
+
+def test_the_score_of_a_neuron_is_the_first_methods_in_the_first_language(made: Path):
+    database = NeuronDatabase.load(made)
+    assert {name: database[name]["score"] for name in NEURONS} == dict(
+        zip(NEURONS, (0.5, 0.1, None, None, None, -0.25), strict=True)
+    )
+    assert {name: database[name]["lexical_score"] for name in NEURONS} == dict.fromkeys(NEURONS, 0.2)
+    row = database[NEURONS[0]]
+    assert (row["score_low"], row["score_high"], row["confidence"]) == (0.4, 0.6, 0.75)
+    assert (row["simulator"], row["q_value"]) == ("segment-5/llm (m)", 0.0625)
+
+
+def test_a_failure_is_a_status_and_never_a_number_or_a_sentence(made: Path):
+    database = NeuronDatabase.load(made)
+    assert [database[name]["status"] for name in NEURONS] == ["ok", "ok", "undefined", "refused", "unparsed", "ok"]
+    for row in database:
+        assert (row["score"] is None) == (row["status"] != "ok")
+        assert (row["explanation"] is None) == (row["status"] in ("refused", "unparsed", "failed"))
+
+
+def test_what_a_neuron_cost_is_the_sum_of_its_calls(made: Path):
+    """100 + 20 tokens and 0.0025 USD to explain, and 50 + 10 and 0.001 to score in each of two languages."""
+    database = NeuronDatabase.load(made)
+    spent = {
+        name: [database[name][key] for key in ("prompt_tokens", "completion_tokens", "cost_usd")] for name in NEURONS
+    }
+    assert spent[NEURONS[0]] == [200, 40, pytest.approx(0.0045)]
+    assert spent[NEURONS[3]] == [100, 20, pytest.approx(0.0025)]  # refused, so nothing was simulated
+    assert spent[NEURONS[5]] == [200, 40, None]  # its explanation has no price
+
+
+@pytest.mark.parametrize(
+    ("methods", "scored", "score", "baseline"),
+    [
+        (["segment-llm", "segment-lexical"], ["zh-Hant"], 0.25, 0.2),
+        (["segment-lexical"], [], 0.2, 0.2),
+        (["text-embedding", "segment-lexical"], [], 0.0, None),  # whole texts have another baseline
+    ],
+)
+def test_score_and_explanation_are_of_the_first_language_that_is_scored(
+    tmp_path: Path, methods: list[str], scored: list[str], score: float, baseline: float | None
+):
+    recipe = made_recipe(tmp_path, score={"methods": methods, "languages": scored})
+    row = NeuronDatabase.load(made_release(tmp_path, recipe))[NEURONS[0]]
+    assert row["explanation"] == ("關於炸彈的詞。" if scored else "Words about bombs.")
+    assert (row["score"], row["lexical_score"]) == (score, baseline)
+
+
+def test_an_explanation_without_a_score_of_the_first_method_stops_the_build(tmp_path: Path):
+    scores = [row for row in made_scores() if row["neuron_id"] != NEURONS[0]]
+    with pytest.raises(AssertionError, match=f"{NEURONS[0]} is explained and has no score by segment-5/llm"):
+        made_release(tmp_path, scores=scores)
 
 
 # --- repositories -------------------------------------------------------------------------------------------------
@@ -380,26 +486,30 @@ def named_configs(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def test_the_front_matter_names_the_configs_and_every_file_is_in_one(demo_run: Path):
-    configs = front_matter(demo_run / "neurons")["configs"]
+def test_the_front_matter_names_the_configs_and_every_file_is_in_one(release: Path):
+    configs = front_matter(release / "neurons")["configs"]
     assert sorted(config["config_name"] for config in configs) == sorted(CONFIGS)
     assert [config["config_name"] for config in configs if config.get("default")] == ["neurons"]
     listed = {files["path"] for config in configs for files in config["data_files"]}
-    folder = demo_run / "neurons"
+    folder = release / "neurons"
     assert listed == {str(path.relative_to(folder)) for path in folder.rglob("*.parquet")}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_load_dataset_reads_every_config(demo_run: Path, tmp_path: Path, config: str, streaming: bool):
+def test_load_dataset_reads_every_config_and_split(release: Path, tmp_path: Path, config: str, streaming: bool):
     import datasets
 
-    folder = demo_run / "neurons"
-    (split,) = named_configs(folder)[config]
-    rows = datasets.load_dataset(str(folder), config, split=split, streaming=streaming, cache_dir=str(tmp_path))
-    expected = read_table(folder / config / f"{split}.parquet")
-    assert len(expected) > 0
-    assert list(rows) == expected
+    folder = release / "neurons"
+    for split in named_configs(folder)[config]:
+        rows = datasets.load_dataset(str(folder), config, split=split, streaming=streaming, cache_dir=str(tmp_path))
+        expected = read_table(folder / config / f"{split.replace('_', '-')}.parquet")
+        assert len(expected) > 0
+        assert list(rows) == expected
+
+
+def test_the_pairs_are_published_as_they_were_used(made: Path):
+    assert read_table(made / "neurons/pairs/train.parquet") == PAIRS
 
 
 @pytest.mark.parametrize(("part", "config"), [("neurons", "neurons"), ("examples", "examples")])
@@ -409,6 +519,36 @@ def test_the_default_config_loads_without_a_name(demo_run: Path, tmp_path: Path,
     rows = datasets.load_dataset(str(demo_run / part), split="train", cache_dir=str(tmp_path))
     assert rows.config_name == config
     assert list(rows) == read_table(demo_run / part / config / "train.parquet")
+
+
+def test_a_release_with_nothing_in_some_columns_has_the_same_types(made: Path, tmp_path: Path):
+    """Every call refused and no price given: whole columns are null, and all of them keep their type."""
+    gone = {"explanation": None, "status": "refused", "confidence": None, "cost_usd": None}
+    nothing = dict.fromkeys(name for name, value in made_scores()[0].items() if isinstance(value, float))
+    counts = dict.fromkeys(name for name in made_scores()[0] if name.endswith(("positives", "negatives")))
+    said = [row | gone for row in made_explanations()]
+    scores = [row | nothing | counts | {"status": "refused"} for row in made_scores()]
+    empty = made_release(tmp_path, explanations=said, scores=scores, tags=[tag | _UNTAGGED for tag in made_tags()])
+    assert len(NeuronDatabase.load(empty)) == len(NEURONS)
+    for path in sorted((made / "neurons").rglob("*.parquet")):
+        schema = pq.read_schema(path)
+        assert pq.read_schema(empty / "neurons" / path.relative_to(made / "neurons")) == schema
+        assert "null" not in {str(field.type) for field in schema}
+
+
+_UNTAGGED = {"domains": [], "category": "", "concept": "", "candidate_for": []}
+
+
+def test_a_release_in_which_nothing_was_explained_is_whole(tmp_path: Path):
+    import datasets
+
+    empty = made_release(tmp_path, explanations=[], scores=[], tags=[], explained={})
+    assert named_configs(empty / "neurons")["explanations"] == ["en"]
+    for config in ("neurons", "explanations", "scores"):
+        (split,) = named_configs(empty / "neurons")[config]
+        folder = str(empty / "neurons")
+        assert list(datasets.load_dataset(folder, config, split=split, streaming=True)) == []
+    assert list(NeuronDatabase.load(empty)) == []
 
 
 def test_the_columns_that_people_read_come_first(demo_run: Path):

@@ -13,16 +13,28 @@ from safesail import __version__
 from safesail.assets import asset
 from safesail.metrics import DEFINITIONS
 from safesail.recipe import Recipe
-from safesail.release.summary import domain_table, markdown, sae_table, score_bands
+from safesail.release.contrast import activity_test, group_table, pair_table, threshold_table
+from safesail.release.facts import Facts
+from safesail.release.front_matter import FRONT_MATTER
+from safesail.release.methods import confusion_table, cost_table, definition, method_table, total_cost
+from safesail.release.summary import (
+    candidate_table,
+    domain_table,
+    markdown,
+    sae_table,
+    score_bands,
+    selection_table,
+    status_table,
+)
+from safesail.release.tables import split_name
 from safesail.taxonomy import Taxonomy
 
 __all__ = ["card_facts", "md_cell", "render", "write_cards"]
 
 Row = dict[str, Any]
-_KNOWN_LICENCES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"}
 
 
-def write_cards(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonomy, folder: Path) -> None:
+def write_cards(recipe: Recipe, facts: Facts, neurons: list[Row], taxonomy: Taxonomy, folder: Path) -> None:
     """Write README.md into saes/, neurons/, examples/ and inspector/ below `folder`."""
     known = card_facts(recipe, facts, neurons, taxonomy)
     for part in ("saes", "neurons", "examples", "inspector"):
@@ -56,11 +68,21 @@ def md_cell(value: Any, longest: int = 160) -> str:
     return re.sub(r"[\\`*_{}\[\]()#+!|~$:@-]|(?<=www)\.", lambda found: f"&#{ord(found[0])};", text)
 
 
-def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonomy) -> dict[str, Any]:
+def card_facts(recipe: Recipe, facts: Facts, neurons: list[Row], taxonomy: Taxonomy) -> dict[str, Any]:
     """Everything the templates may print, measured or declared."""
-    first = next(iter(facts.selection["selected"]))
+    return {
+        **_release(recipe, facts),
+        **_sweep(recipe, facts),
+        **_selection(facts, list(taxonomy.domain_ids)),
+        **_neurons(neurons, taxonomy),
+        **_asked(recipe, facts),
+    }
+
+
+def _release(recipe: Recipe, facts: Facts) -> dict[str, Any]:
+    """What it is called and what it was made from."""
     organization = recipe.publish.organization or "your-organization"
-    tokens_by_source = facts.records["harvest"]["tokens_by_source"]
+    harvest = facts.records["harvest"]
     by_origin = {source.title: source for source in recipe.corpus.sources}
     return {
         "name": recipe.name,
@@ -70,39 +92,93 @@ def card_facts(recipe: Recipe, facts: Any, neurons: list[Row], taxonomy: Taxonom
         "base_model": recipe.model.name,
         "base_model_note": recipe.model.note,
         "version": __version__,
+        "n_tokens": harvest["n_tokens"],
+        "n_documents": harvest["n_documents"],
+        "sources": [(name, n, by_origin[name].licence) for name, n in harvest["tokens_by_source"].items()],
+        "n_examples": len(facts.examples),
+        "n_near_misses": sum(row["stratum"] == "near-miss" for row in facts.examples),
+    }
+
+
+def _sweep(recipe: Recipe, facts: Facts) -> dict[str, Any]:
+    """The SAEs and how faithful they are."""
+    selected, curve = facts.selection["selected"], facts.curve
+    first = next(iter(selected))
+    return {
         "example_hook_point": first,
-        "example_sae_id": facts.selection["selected"][first],
-        "example_latents": _latents_by_hand(facts.selection["curve"][facts.selection["selected"][first]]),
-        "sparsity_settings": _sparsity_settings(facts.curve),
+        "example_sae_id": selected[first],
+        "example_latents": _latents_by_hand(facts.selection["curve"][selected[first]]),
+        "sparsity_settings": _sparsity_settings(curve),
         "trained_as": [_TRAINED_AS[name] for name in recipe.train.architectures],
-        "hook_points": list(facts.selection["selected"]),
+        "hook_points": list(selected),
         "d_in": facts.activations.facts["d_in"][first],
-        "sae_table": markdown(*sae_table(facts.curve)),
-        "curve": facts.curve,
-        "n_pairs": facts.selection["n_pairs"],
+        "sae_table": markdown(*sae_table(curve)),
+        "curve": curve,
+        "curve_alt": md_cell(f"Panels of FVU and I_CDF against L0; selected: {', '.join(selected.values())}", 400),
+        "n_ce_tokens": facts.records["eval"]["n_ce_tokens"],
+        "definitions": DEFINITIONS,
+    }
+
+
+def _selection(facts: Facts, domain_ids: list[str]) -> dict[str, Any]:
+    """How SAEs and latents were chosen, with the options that every number depends on."""
+    options = facts.selection["options"]
+    pairs = pair_table(facts.pairs, domain_ids)
+    groups = [group_table(facts.contrast, name) for name in ("domain", "language")]
+    return {
+        "options": options,
+        "pair_sets": [md_cell(name) for name in options["pairs"]],
+        "activity_test": activity_test(options),
+        "pair_table": markdown(*pairs),
+        "selection_table": markdown(*selection_table(facts.curve)),
+        "threshold_table": markdown(*threshold_table(facts.curve)),
+        "domain_contrast": markdown(*groups[0]) if groups[0][1] else "",
+        "language_contrast": markdown(*groups[1]) if len(groups[1][1]) > 1 else "",
+        "candidate_table": markdown(*candidate_table(facts.candidates, options["fdr"])),
+    }
+
+
+def _neurons(neurons: list[Row], taxonomy: Taxonomy) -> dict[str, Any]:
+    """What the main table holds."""
+    return {
         "domain_table": markdown(*domain_table(neurons, list(taxonomy.domain_ids))),
         "score_table": markdown(["score", "neurons"], [[band, str(n)] for band, n in score_bands(neurons)]),
         "n_neurons": len(neurons),
         "n_tagged": sum(bool(row["domains"]) for row in neurons),
         "n_weak": sum(row["score"] is not None and row["score"] <= 0.2 for row in neurons),
+        "n_scored": sum(row["score"] is not None for row in neurons),
         "n_failed": sum(row["explanation"] is None for row in neurons),
-        "best": [row for row in neurons if row["domains"]][:8],
-        "explainer": neurons[0]["explainer"] if neurons else "",
-        "simulator": neurons[0]["simulator"] if neurons else "",
+        "best": [row for row in neurons if row["domains"] and row["explanation"]][:8],
         "tagger": neurons[0]["tagger"] if neurons else "",
-        "n_tokens": facts.records["harvest"]["n_tokens"],
-        "n_documents": facts.records["harvest"]["n_documents"],
-        "n_ce_tokens": facts.records["eval"]["n_ce_tokens"],
-        "n_explainer_tokens": sum(row["prompt_tokens"] + row["completion_tokens"] for row in facts.explanations),
-        "cost_usd": _cost(facts.explanations + facts.scores),
-        "sources": [(name, n, by_origin[name].licence) for name, n in tokens_by_source.items()],
-        "n_examples": len(facts.examples),
-        "languages": list(dict.fromkeys(row["language"] for row in facts.explanations)),
-        "definitions": DEFINITIONS,
         "missing_domains": [
             domain.name for domain in taxonomy.domains if not any(domain.id in row["domains"] for row in neurons)
         ],
     }
+
+
+def _asked(recipe: Recipe, facts: Facts) -> dict[str, Any]:
+    """What the language models answered, how far it predicts the neurons, and what it cost."""
+    scores, explanations, refused = facts.scores, facts.explanations, facts.records["explain"].get("refused_by_domain")
+    confusion, costs = confusion_table(scores), cost_table(explanations, scores)
+    methods = list(dict.fromkeys(row["method"] for row in scores))
+    return {
+        "languages": facts.languages,
+        "language": facts.language,
+        "splits": [split_name(language) for language in facts.languages],
+        "explainers": list(dict.fromkeys(row["explainer"] for row in explanations)),
+        "explains_itself": recipe.explain.backend == "local" and not recipe.explain.model,
+        "status_table": markdown(*status_table(explanations, scores)),
+        "refused_by_domain": {domain: n for domain, n in (refused or {}).items() if n},
+        "methods": [(name, definition(name, recipe.score), _simulators(scores, name)) for name in methods],
+        "method_table": markdown(*method_table(scores)),
+        "confusion_table": markdown(*confusion) if confusion[1] else "",
+        "cost_table": markdown(*costs) if costs[1] else "",
+        "cost_usd": total_cost(explanations + scores),
+    }
+
+
+def _simulators(scores: list[Row], method: str) -> list[str]:
+    return list(dict.fromkeys(row["simulator"] for row in scores if row["method"] == method and row["simulator"]))
 
 
 _TRAINED_AS = {
@@ -134,113 +210,3 @@ def _latents_by_hand(row: Row) -> str:
     if row["architecture"] == "topk":
         return f"values, indices = a.relu().topk({row['k']})"
     return "latents = a.relu()" if row["architecture"] == "relu" else 'latents = a.relu() * (a > w["threshold"])'
-
-
-def _cost(rows: list[Row]) -> float | None:
-    """What the language model's answers cost, or None when a price is unknown."""
-    costs = [row["cost_usd"] for row in rows]
-    return None if any(cost is None for cost in costs) else sum(costs)
-
-
-_LABELS = {
-    "explained_variance": "Explained variance",
-    "fvu": "Fraction of variance unexplained",
-    "mse": "Mean squared error",
-    "cosine": "Cosine similarity",
-    "l0": "L0",
-    "dead": "Dead latents",
-    "dense": "Dense latents",
-    "ce_recovered": "CE recovered",
-    "kl": "KL divergence",
-    "i_cdf": "I_CDF",
-}
-
-
-def _saes_front(facts: dict[str, Any]) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
-    results = [
-        EvalResult(
-            task_type="feature-extraction",
-            dataset_type="held-out-texts",
-            dataset_name="held-out documents of the training mix",
-            metric_type=f"{key}/v1",
-            metric_name=f"{label} ({row['sae_id']})",
-            metric_value=float(f"{row[key]:.6g}"),
-        )
-        for row in facts["curve"]
-        if row["selected"]
-        for key, label in _LABELS.items()
-        if row[key] is not None
-    ]
-    return ModelCardData(
-        base_model=facts["base_model"],
-        eval_results=results,
-        language=list(facts["recipe"].publish.languages),
-        library_name="safesail",
-        license=facts["recipe"].publish.licence,
-        model_name=facts["name"],
-        tags=["sparse-autoencoder", "interpretability", "safety", "saelens"],
-    ).to_yaml()
-
-
-def _dataset_front(facts: dict[str, Any], configs: list[Row], pretty: str, **extra: Any) -> str:
-    from huggingface_hub import DatasetCardData
-
-    return DatasetCardData(
-        language=list(facts["recipe"].publish.languages),
-        **{"license": facts["recipe"].publish.licence, **extra},
-        pretty_name=pretty,
-        tags=["sparse-autoencoder", "interpretability", "safety"],
-        configs=configs,
-    ).to_yaml()
-
-
-def _neurons_front(facts: dict[str, Any]) -> str:
-    configs: list[Row] = [
-        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/train.parquet"}]}
-        for name in ("neurons", "scores", "quantiles", "selection")
-    ]
-    configs[0]["default"] = True
-    splits = [{"split": language, "path": f"explanations/{language}.parquet"} for language in facts["languages"]]
-    configs.insert(1, {"config_name": "explanations", "data_files": splits})
-    return _dataset_front(facts, configs, f"{facts['title']}: neurons")
-
-
-def _examples_front(facts: dict[str, Any]) -> str:
-    files = [{"split": "train", "path": "examples/train.parquet"}]
-    configs = [{"config_name": "examples", "data_files": files, "default": True}]
-    return _dataset_front(
-        facts,
-        configs,
-        f"{facts['title']}: examples",
-        **_licence_of_texts(facts["sources"]),
-        extra_gated_heading="These texts contain offensive and disturbing content",
-        extra_gated_prompt="The examples are excerpts on which safety-related neurons fire. "
-        "They are for research on the safety of language models.",
-    )
-
-
-def _licence_of_texts(sources: list[tuple[str, int, str]]) -> Row:
-    """The licence of excerpts: that of their sources where all agree, else `other`, with the table in the card."""
-    licences = {licence for _, _, licence in sources}
-    if len(licences) == 1 and licences <= _KNOWN_LICENCES:
-        return {"license": licences.pop()}
-    return {"license": "other", "license_name": "licences-of-the-sources"}
-
-
-def _space_front(facts: dict[str, Any]) -> str:
-    from huggingface_hub import SpaceCardData
-
-    return SpaceCardData(
-        title=facts["title"],
-        sdk="gradio",
-        app_file="app.py",
-        license=facts["recipe"].publish.licence,
-        models=[f"{facts['repository']}-saes", facts["base_model"]],
-        datasets=[f"{facts['repository']}-neurons", f"{facts['repository']}-examples"],
-        short_description="Which safety neurons fire on which token",
-    ).to_yaml()
-
-
-FRONT_MATTER = {"saes": _saes_front, "neurons": _neurons_front, "examples": _examples_front, "inspector": _space_front}

@@ -2,42 +2,77 @@
 
 import itertools
 import statistics
+from collections import Counter
 from typing import Any
 
 from safesail.neurons import WEAK_BELOW
 
 __all__ = [
+    "STATUSES",
     "aligned",
+    "candidate_table",
     "curve_lines",
     "domain_table",
     "domains_summary",
+    "hook_point_of",
     "markdown",
+    "number",
     "ordered",
     "sae_table",
     "score_bands",
+    "selection_table",
+    "status_lines",
+    "status_table",
+    "variant_of",
+    "with_interval",
 ]
 
 Row = dict[str, Any]
+Table = tuple[list[str], list[list[str]]]
+"""A header and the cells of its rows."""
+STATUSES = ("ok", "refused", "unparsed", "failed", "undefined")
+"""How an explanation or a score can end: the last only a score."""
 
 
-def sae_table(curve: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells: one row per SAE of the sweep, in the order of `ordered`. curve: rows of the `selection` table.
+def sae_table(curve: list[Row]) -> Table:
+    """The fidelity of the sweep, an SAE a row, in the order of `ordered`. curve: rows of the `selection` table.
 
     In brackets: the 95 % interval.
     """
-    header = ["SAE", "EV", "L0", "dead", "dense", "CE recovered", "KL", "I_CDF", "swapped", "selected"]
+    header = ["SAE", "EV", "L0", "dead", "dense", "CE recovered", "KL", "selected"]
     cells = [
         [
             row["sae_id"],
-            _with_interval(row, "explained_variance", 1, 3, ""),
+            with_interval(row, "explained_variance", 1, 3, ""),
             f"{row['l0']:.1f}",
             f"{100 * row['dead']:.1f} %",
             f"{100 * row['dense']:.1f} %",
-            _with_interval(row, "ce_recovered", 100, 1, " %"),
+            with_interval(row, "ce_recovered", 100, 1, " %"),
             f"{row['kl']:.3f}",
-            f"{row['i_cdf']:.4f}",
-            f"{row['i_cdf_swapped']:.4f}",
-            "yes" if row["selected"] else "",
+            _yes(row["selected"]),
+        ]
+        for row in ordered(curve)
+    ]
+    return header, cells
+
+
+def selection_table(curve: list[Row]) -> Table:
+    """What the SAEs were selected by, an SAE a row, in the order of `ordered`. curve: rows of the `selection` table.
+
+    In brackets: the 95 % interval. `null` is the mean of I_CDF over random swaps of the pairs, `p` the share of swaps
+    that reach the I_CDF, `above null` the difference of I_CDF and null.
+    """
+    header = ["SAE", "L0", "I_CDF", "null", "p", "above null", "as good as best", "selected"]
+    cells = [
+        [
+            row["sae_id"],
+            f"{row['l0']:.1f}",
+            with_interval(row, "i_cdf", 1, 5, ""),
+            number(row["i_cdf_null"], 5),
+            number(row["i_cdf_p"], 3),
+            with_interval(row, "above_null", 1, 5, ""),
+            _yes(row["as_good_as_best"]),
+            _yes(row["selected"]),
         ]
         for row in ordered(curve)
     ]
@@ -46,30 +81,79 @@ def sae_table(curve: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def ordered(curve: list[Row]) -> list[Row]:
     """The rows of a sweep by hook point, then architecture (both as they first appear), then L0."""
-    hook_points = list(dict.fromkeys(_hook_point(row) for row in curve))
+    hook_points = list(dict.fromkeys(hook_point_of(row) for row in curve))
     architectures = list(dict.fromkeys(row["architecture"] for row in curve))
     return sorted(
         curve,
-        key=lambda row: (hook_points.index(_hook_point(row)), architectures.index(row["architecture"]), row["l0"]),
+        key=lambda row: (hook_points.index(hook_point_of(row)), architectures.index(row["architecture"]), row["l0"]),
     )
 
 
 def curve_lines(curve: list[Row]) -> list[str]:
-    """The sweep as text: per hook point the SAEs with L0, FVU and I_CDF, and bars scaled to the column's maximum.
+    """The sweep as text: per hook point the SAEs with L0, FVU and I_CDF above its null, and which one is selected.
 
-    curve: the rows of selection.json's `curve`, each with its `sae_id`.
+    Bars are scaled to the column's maximum. curve: the rows of selection.json's `curve`, each with its `sae_id`.
     """
     rows = ordered(curve)
-    largest = {name: max((row[name] or 0.0 for row in rows), default=0.0) for name in ("fvu", "i_cdf")}
-    width = max((max(len(_variant(row)) + 2, len(_hook_point(row))) for row in rows), default=0)
+    largest = {name: max((row[name] or 0.0 for row in rows), default=0.0) for name in ("fvu", "above_null")}
+    width = max((max(len(variant_of(row)) + 2, len(hook_point_of(row))) for row in rows), default=0)
     lines = []
-    for hook_point, group in itertools.groupby(rows, key=_hook_point):
-        lines.append(f"{hook_point:{width}}  {'L0':>7}  {'FVU':<26}  I_CDF")
+    for hook_point, group in itertools.groupby(rows, key=hook_point_of):
+        lines.append(f"{hook_point:{width}}  {'L0':>7}  {'FVU':<26}  I_CDF above its null")
         for row in group:
             fvu = "" if row["fvu"] is None else f"{row['fvu']:.3f} {_bar(row['fvu'], largest['fvu'])}"
-            line = f"{'  ' + _variant(row):{width}}  {row['l0']:7.1f}  {fvu:<26}  {row['i_cdf']:.4f} "
-            lines.append((line + _bar(row["i_cdf"], largest["i_cdf"])).rstrip())
+            contrast = with_interval(row, "above_null", 1, 5, "")
+            line = f"{'  ' + variant_of(row):{width}}  {row['l0']:7.1f}  {fvu:<26}  {contrast:<29} "
+            line += f"{_bar(row['above_null'] or 0.0, largest['above_null']):<20} "
+            lines.append((line + ("selected" if row["selected"] else "")).rstrip())
     return lines
+
+
+def candidate_table(candidates: dict[str, dict[str, list[Row]]], fdr: float) -> Table:
+    """Per hook point and domain, how many latents tell the domain's pairs apart and how many are to be explained.
+
+    The last column is the largest q-value among them: the estimated share of chance finds, at most `fdr`.
+    candidates: candidates.json.
+    """
+    header = ["hook point", "domain", "candidates", "of a category alone", "to be explained", f"FDR (at most {fdr:g})"]
+    cells = [
+        [
+            hook_point,
+            domain,
+            str(len(rows)),
+            str(sum(row["level"] == "category" for row in rows)),
+            str(sum(row["explain"] for row in rows)),
+            number(max((row["q_value"] for row in rows), default=None), 3),
+        ]
+        for hook_point, domains in candidates.items()
+        for domain, rows in domains.items()
+    ]
+    return header, cells
+
+
+def status_table(explanations: list[Row], scores: list[Row]) -> Table:
+    """How the explanations of each language, and the scores of each method and language, ended; a status a column."""
+    groups: dict[str, Counter[str]] = {}
+    for row in explanations:
+        groups.setdefault(f"explanations, {row['language']}", Counter())[row["status"]] += 1
+    for row in scores:
+        name = ", ".join(filter(None, (row["method"], row["language"])))
+        groups.setdefault(name, Counter())[row["status"]] += 1
+    cells = [[name, *(str(counts[status]) for status in STATUSES)] for name, counts in groups.items()]
+    return ["", *STATUSES], cells
+
+
+def status_lines(
+    explanations: list[Row], scores: list[Row], refused_by_domain: dict[str, int] | None = None
+) -> list[str]:
+    """`status_table` for the terminal, and the refusals per domain where there are any.
+
+    refused_by_domain: {domain: refused explanations of its candidates}, from the record of `explain`.
+    """
+    header, cells = status_table(explanations, scores)
+    lines = aligned(header, cells).splitlines() if cells else []
+    refused = [f"{domain} {n}" for domain, n in (refused_by_domain or {}).items() if n]
+    return [*lines, f"refused explanations by domain: {' · '.join(refused)}"] if refused else lines
 
 
 def domains_summary(neurons: list[Row], domain_ids: list[str]) -> list[Row]:
@@ -80,11 +164,12 @@ def domains_summary(neurons: list[Row], domain_ids: list[str]) -> list[Row]:
     return [_group(name, rows) for name, rows in groups]
 
 
-def domain_table(neurons: list[Row], domain_ids: list[str]) -> tuple[list[str], list[list[str]]]:
+def domain_table(neurons: list[Row], domain_ids: list[str]) -> Table:
     """Header and cells of `domains_summary`."""
     header = [
         "domain",
         "neurons",
+        "without a score",
         "median score",
         "quartiles",
         f"score > {WEAK_BELOW:g}",
@@ -93,15 +178,16 @@ def domain_table(neurons: list[Row], domain_ids: list[str]) -> tuple[list[str], 
     ]
     cells = []
     for group in domains_summary(neurons, domain_ids):
-        quartiles = "" if group["low"] is None else f"{_number(group['low'])} – {_number(group['high'])}"
+        quartiles = "" if group["low"] is None else f"{number(group['low'])} – {number(group['high'])}"
         cells.append(
             [
                 group["domain"],
                 str(group["n"]),
-                _number(group["median"]),
+                str(group["n_without"]),
+                number(group["median"]),
                 quartiles,
                 str(group["n_above"]),
-                _number(group["lexical_median"]),
+                number(group["lexical_median"]),
                 str(group["n_beats_lexical"]),
             ]
         )
@@ -109,15 +195,15 @@ def domain_table(neurons: list[Row], domain_ids: list[str]) -> tuple[list[str], 
 
 
 def score_bands(neurons: list[Row]) -> list[tuple[str, int]]:
-    """How many scores fall in each band, and how many are undefined."""
+    """How many scores fall in each band, and how many neurons have none."""
     edges = [-1.0, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0]
     scores = [row["score"] for row in neurons if row["score"] is not None]
     bands = [
         (f"{low:g} to {high:g}", sum(low < score <= high or score == low == -1 for score in scores))
         for low, high in itertools.pairwise(edges)
     ]
-    undefined = len(neurons) - len(scores)
-    return [*bands, ("undefined", undefined)] if undefined else bands
+    n_without = len(neurons) - len(scores)
+    return [*bands, ("none", n_without)] if n_without else bands
 
 
 def markdown(header: list[str], cells: list[list[str]]) -> str:
@@ -142,11 +228,12 @@ def aligned(header: list[str], cells: list[list[str]]) -> str:
 def _group(name: str, rows: list[Row]) -> Row:
     scores = sorted(row["score"] for row in rows if row["score"] is not None)
     lexical = [row["lexical_score"] for row in rows if row["lexical_score"] is not None]
-    quartiles = statistics.quantiles(scores, n=4) if len(scores) > 1 else [None, None, None]
+    quartiles = statistics.quantiles(scores, n=4, method="inclusive") if len(scores) > 1 else [None, None, None]
     both = [row for row in rows if row["score"] is not None and row["lexical_score"] is not None]
     return {
         "domain": name,
         "n": len(rows),
+        "n_without": len(rows) - len(scores),
         "median": statistics.median(scores) if scores else None,
         "low": quartiles[0],
         "high": quartiles[2],
@@ -156,25 +243,35 @@ def _group(name: str, rows: list[Row]) -> Row:
     }
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}".replace("-0.00", "0.00")
+def number(value: float | None, digits: int = 2) -> str:
+    """The number with so many decimals, never `-0.00`; empty where it is undefined."""
+    if value is None:
+        return ""
+    shown = f"{value:.{digits}f}"
+    return shown.lstrip("-") if float(shown) == 0 else shown
 
 
-def _with_interval(row: Row, name: str, scale: float, digits: int, unit: str) -> str:
+def with_interval(row: Row, name: str, scale: float, digits: int, unit: str) -> str:
     """`0.818 [0.815, 0.821]`; empty where the metric is undefined, the number alone where it has no interval."""
     value, low, high = (row[key] for key in (name, f"{name}_low", f"{name}_high"))
     if value is None:
         return ""
-    shown = f"{scale * value:.{digits}f}{unit}"
-    return shown if low is None else f"{shown} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+    shown = f"{number(scale * value, digits)}{unit}"
+    return shown if low is None else f"{shown} [{number(scale * low, digits)}, {number(scale * high, digits)}]"
 
 
-def _hook_point(row: Row) -> str:
+def hook_point_of(row: Row) -> str:
+    """The hook point in a row's `sae_id`."""
     return row["sae_id"].rpartition("/")[0]
 
 
-def _variant(row: Row) -> str:
+def variant_of(row: Row) -> str:
+    """The variant in a row's `sae_id`: architecture, sparsity and width."""
     return row["sae_id"].rpartition("/")[2]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else ""
 
 
 def _bar(value: float, largest: float, width: int = 20) -> str:
