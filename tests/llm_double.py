@@ -4,9 +4,14 @@
         EndpointBackend("model", double.base_url)
 
 A behaviour is one word: `text` and `json` (what `answer` says of the request), `prose`, `truncated`, `refusal`,
-`refusal_field`, `content_filter`, `empty`, `no_choices`, `html`, `moderated`, `slow`, or an HTTP status such as `429`.
+`refusal_field`, `content_filter`, `empty`, `no_choices`, `no_usage`, `html`, `moderated`, `slow`, `timeout` (no answer
+until the client hangs up), or an HTTP status such as `429`.
+
+What an answer is billed is `PROMPT_TOKENS` and `COMPLETION_TOKENS`, or what `usage(body, text)` says. With `logprobs`,
+a request that asks for log-probabilities gets what `logprobs(text)` gives: [(token, {alternative: logprob}), ...].
 """
 
+import contextlib
 import json
 import threading
 import time
@@ -18,7 +23,9 @@ from typing import Any, Self
 __all__ = ["LlmDouble", "prompt_of", "scripted"]
 
 PROMPT_TOKENS, COMPLETION_TOKENS = 10, 3
-"""What every billed answer says it used."""
+"""What a billed answer says it used, unless the double is told otherwise."""
+
+REFUSAL = "I will not describe this."
 
 _TEXTS = {
     "prose": "The neuron seems to fire on weapons, I would say.",
@@ -47,7 +54,7 @@ def scripted(script: dict[str, list[str]], otherwise: str = "text") -> Callable[
 
 
 class LlmDouble:
-    """The running endpoint: `base_url`, the request bodies it saw, and how many answers it billed."""
+    """The running endpoint: `base_url`, the bodies it saw and when, how many answers it billed and their tokens."""
 
     def __init__(
         self,
@@ -56,11 +63,16 @@ class LlmDouble:
         formats: tuple[str, ...] = ("json_schema", "json_object"),
         unknown: tuple[str, ...] = (),
         echo_key: bool = False,
+        usage: Callable[[dict[str, Any], str], tuple[int, int]] = lambda body, text: (PROMPT_TOKENS, COMPLETION_TOKENS),
+        logprobs: Callable[[str], list[tuple[str, dict[str, float]]]] | None = None,
+        retry_after_ms: int = 5,
     ):
         self.answer, self.behave, self.formats, self.unknown, self.echo_key = answer, behave, formats, unknown, echo_key
+        self.usage, self.logprobs, self.retry_after_ms = usage, logprobs, retry_after_ms
         self.bodies: list[dict[str, Any]] = []
+        self.arrived: list[float] = []
         self.keys: set[str] = set()
-        self.billed = 0
+        self.billed = self.prompt_tokens = self.completion_tokens = 0
         self.most_at_once = 0
         self._open = 0
         self._attempts: Counter[str] = Counter()
@@ -98,6 +110,7 @@ class LlmDouble:
     def _serve(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
         with self._lock:
             self.bodies.append(body)
+            self.arrived.append(time.monotonic())
             self.keys.add(handler.headers.get("Authorization", ""))
             self._open += 1
             self.most_at_once = max(self.most_at_once, self._open)
@@ -105,9 +118,23 @@ class LlmDouble:
             self._attempts[prompt_of(body)] += 1
         status, answer = self._complaint(body) or self._act(self.behave(prompt_of(body), attempt), handler, body)
         with self._lock:
-            self.billed += status == 200 and isinstance(answer, dict) and bool(answer.get("choices"))
+            if status == 200 and isinstance(answer, dict) and answer.get("choices"):
+                self._bill(body, answer)
             self._open -= 1
-        _send(handler, status, answer)
+        _send(handler, status, answer, self.retry_after_ms)
+
+    def _bill(self, body: dict[str, Any], answer: dict[str, Any]) -> None:
+        message = answer["choices"][0]["message"]
+        prompt, completion = self.usage(body, message["content"] or message["refusal"] or "")
+        self.billed += 1
+        self.prompt_tokens += prompt
+        self.completion_tokens += completion
+        if answer["usage"] is not None:
+            answer["usage"] = {
+                "prompt_tokens": prompt,
+                "completion_tokens": completion,
+                "total_tokens": prompt + completion,
+            }
 
     def _complaint(self, body: dict[str, Any]) -> tuple[int, Any] | None:
         """What a server that does not know a part of the request says."""
@@ -125,14 +152,33 @@ class LlmDouble:
             told = handler.headers["Authorization"] if self.echo_key else "no"
             return int(behaviour), _error(f"status {behaviour}, {told}")
         if behaviour == "moderated":
-            return 403, _error("Your input was flagged", code="content_filter")
+            told = handler.headers["Authorization"] if self.echo_key else ""
+            return 403, _error(f"Your input was flagged {told}", code="content_filter")
         if behaviour == "no_choices":
             return 200, {"error": {"message": "upstream"}}
         if behaviour == "html":
             return 200, "<html>a login page</html>"
         if behaviour == "slow":
             time.sleep(0.6)
-        return 200, _completion(behaviour, _TEXTS.get(behaviour) if behaviour in _TEXTS else self.answer(body))
+        if behaviour == "timeout":
+            _wait_for_the_client_to_go(handler)
+            return 504, _error("nobody is there to read this")
+        completion = _completion(behaviour, _TEXTS.get(behaviour) if behaviour in _TEXTS else self.answer(body))
+        if self.logprobs is not None and body.get("logprobs"):
+            choice = completion["choices"][0]
+            choice["logprobs"] = {"content": [_token(*each) for each in self.logprobs(choice["message"]["content"])]}
+        return 200, completion
+
+
+def _wait_for_the_client_to_go(handler: BaseHTTPRequestHandler) -> None:
+    handler.connection.settimeout(60)
+    with contextlib.suppress(OSError):  # a client may also reset the connection
+        handler.connection.recv(1)
+
+
+def _token(text: str, alternatives: dict[str, float]) -> dict[str, Any]:
+    top = [{"token": token, "logprob": logprob, "bytes": None} for token, logprob in alternatives.items()]
+    return {"token": text, "logprob": alternatives.get(text, -9999.0), "bytes": None, "top_logprobs": top}
 
 
 def _error(message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -142,22 +188,18 @@ def _error(message: str, param: str | None = None, code: str | None = None) -> d
 def _completion(behaviour: str, text: str | None) -> dict[str, Any]:
     message = {"role": "assistant", "content": text, "refusal": None}
     if behaviour == "refusal_field":
-        message = {"role": "assistant", "content": None, "refusal": "I will not describe this."}
+        message = {"role": "assistant", "content": None, "refusal": REFUSAL}
     return {
         "id": "1",
         "object": "chat.completion",
         "created": 0,
         "model": "double",
         "choices": [{"index": 0, "message": message, "finish_reason": _FINISH.get(behaviour, "stop")}],
-        "usage": {
-            "prompt_tokens": PROMPT_TOKENS,
-            "completion_tokens": COMPLETION_TOKENS,
-            "total_tokens": PROMPT_TOKENS + COMPLETION_TOKENS,
-        },
+        "usage": None if behaviour == "no_usage" else {},  # filled in when it is billed
     }
 
 
-def _send(handler: BaseHTTPRequestHandler, status: int, answer: Any) -> None:
+def _send(handler: BaseHTTPRequestHandler, status: int, answer: Any, retry_after_ms: int) -> None:
     html = isinstance(answer, str)
     payload = answer.encode() if html else json.dumps(answer).encode()
     try:
@@ -166,7 +208,7 @@ def _send(handler: BaseHTTPRequestHandler, status: int, answer: Any) -> None:
         handler.send_header("Content-Length", str(len(payload)))
         if status in (429, 500, 503):
             handler.send_header("Retry-After", "0")
-            handler.send_header("Retry-After-Ms", "5")  # the SDK waits half a second for a zero
+            handler.send_header("Retry-After-Ms", str(retry_after_ms))  # the SDK waits half a second for a zero
         handler.end_headers()
         handler.wfile.write(payload)
     except OSError:  # the client gave up waiting

@@ -2,21 +2,28 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import llm_double
 import pytest
 from llm_double import COMPLETION_TOKENS, PROMPT_TOKENS, LlmDouble, prompt_of, scripted
 
 from safesail.errors import InputError
 from safesail.interpretation.answers import decode, is_refusal, judge, mismatch
+from safesail.interpretation.cache import AnswerCache, answer_key
+from safesail.interpretation.dialect import Complaint, Dialect, adapted
+from safesail.interpretation.exchange import SLOT
 from safesail.interpretation.llm import EndpointBackend, Llm, LocalBackend, Message, Reply, Request
 
 KEY = "sk-very-secret-0123456789"
@@ -113,6 +120,14 @@ def test_a_busy_server_is_asked_again() -> None:
     assert (double.n_requests, double.billed) == (3, 1)
 
 
+def test_a_server_says_how_long_to_wait() -> None:
+    double = LlmDouble(
+        behave=scripted({"a": ["429", "text"]}), retry_after_ms=900
+    )  # by itself the SDK waits half of it
+    assert one(double, asked("a")).value == "said: a"
+    assert double.arrived[1] - double.arrived[0] > 0.85
+
+
 # servers that know less
 
 
@@ -141,7 +156,69 @@ def test_reasoning_models_are_asked_in_their_way() -> None:
     assert set(double.bodies[-1]) == {"model", "messages", "max_completion_tokens"}
 
 
+# log-probabilities
+
+
+def spelt(text: str) -> list[tuple[str, dict[str, float]]]:
+    return [(letter, {letter: -0.1, "x": -2.5}) for letter in text]
+
+
+def test_log_probabilities_come_with_the_answer_where_they_are_asked_for_and_offered(tmp_path: Path) -> None:
+    request = asked("a", logprobs=True)
+    with LlmDouble(answer=lambda body: "ok", logprobs=spelt) as double:
+        llm = Llm(endpoint(double), tmp_path / "answers.sqlite")
+        [reply] = llm.ask([request])
+        assert reply.value == "ok"
+        assert reply.logprobs == [["o", {"o": -0.1, "x": -2.5}], ["k", {"k": -0.1, "x": -2.5}]]
+        assert llm.ask([request]) == [reply._replace(cached=True)]
+        [without] = llm.ask([asked("a")])
+        assert without == Reply("ok", "ok", "", PROMPT_TOKENS, COMPLETION_TOKENS, None)
+    assert [(body.get("logprobs"), body.get("top_logprobs")) for body in double.bodies] == [(True, 10), (None, None)]
+    assert not any("echo" in body for body in double.bodies)
+
+
+def test_a_token_that_is_not_among_the_likeliest_has_its_own_log_probability_too() -> None:
+    double = LlmDouble(answer=lambda body: "k", logprobs=lambda text: [("k", {"y": -0.2})])
+    assert one(double, asked("a", logprobs=True)).logprobs == [["k", {"y": -0.2, "k": -9999.0}]]
+
+
+def test_a_server_without_log_probabilities_answers_without() -> None:
+    plain = Reply("ok", "said: a", "", PROMPT_TOKENS, COMPLETION_TOKENS, None)
+    assert one(LlmDouble(), asked("a", logprobs=True)) == plain
+    with LlmDouble(unknown=("logprobs",)) as double:
+        backend = endpoint(double)
+        assert Llm(backend, None).ask([asked("a", logprobs=True), asked("b", logprobs=True)])[0] == plain
+        sent_before = double.n_requests
+        Llm(backend, None).ask([asked("c", logprobs=True)])
+        assert double.n_requests == sent_before + 1, "it was learnt once"
+    assert not {"logprobs", "top_logprobs"} & double.bodies[-1].keys()
+
+
+@pytest.mark.parametrize("status_code", [400, 403, 422, 500])
+def test_a_complaint_about_log_probabilities_is_no_wrong_key(status_code: int) -> None:
+    complaint = Complaint(status_code, None, None, "You are not allowed to request logprobs from this model.")
+    learnt = adapted(Dialect(), complaint, asked("a", logprobs=True))
+    assert learnt == Dialect(left_out=frozenset({"logprobs", "top_logprobs"}))
+    assert adapted(Dialect(), complaint, asked("a")) is None
+
+
 # the cache
+
+
+def test_requests_that_ask_for_nothing_new_have_the_keys_they_always_had() -> None:
+    """Computed before `choices` and `logprobs` existed: what was paid for then is found now."""
+    identity = {"kind": "endpoint", "model": "double"}
+    request = Request(
+        (Message("system", "s"), Message("user", "ü")), max_tokens=7, stop=("\n",), schema={"type": "object"}
+    )
+    assert answer_key(identity, request.as_json()) == (
+        "c40842d723dba343d0e2095bd7297b6a7a7fcb7894f8ac015df75bfd4322c253"
+    )
+    keys = {
+        answer_key(identity, each.as_json())
+        for each in (request, request._replace(logprobs=True), request._replace(choices=("no", "yes")))
+    }
+    assert len(keys) == 3
 
 
 def test_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
@@ -157,6 +234,7 @@ def test_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
     assert after == [reply._replace(cached=reply.status != "failed") for reply in before]
     assert again.usage.summary() == {
         "calls": 1,
+        "unbilled": 1,
         "cached": 3,
         "prompt_tokens": 0,
         "completion_tokens": 0,
@@ -219,6 +297,50 @@ def test_a_killed_run_resumes_with_the_missing_calls_only(tmp_path: Path) -> Non
     assert sorted(map(prompt_of, double.bodies)) == [str(i) for i in range(8)]
 
 
+def test_a_run_killed_with_calls_in_flight_asks_again_for_those_alone(tmp_path: Path) -> None:
+    script = """
+        import sys
+        from pathlib import Path
+        from safesail.interpretation.llm import EndpointBackend, Llm, Message, Request
+        llm = Llm(EndpointBackend("double", sys.argv[1], concurrency=6), Path(sys.argv[2]))
+        llm.ask([Request((Message("user", str(i)),), max_tokens=20) for i in range(50)])
+    """
+    started: list[subprocess.Popen] = []
+    lock = threading.Lock()
+    n_seen = 0
+
+    def kill_at_the_25th(prompt: str, attempt: int) -> str:
+        nonlocal n_seen
+        with lock:
+            n_seen += 1
+            if n_seen == 25:
+                os.kill(started[0].pid, signal.SIGKILL)
+        return "text"
+
+    cache = tmp_path / "answers.sqlite"
+    with LlmDouble(behave=kill_at_the_25th) as double:
+        command = [sys.executable, "-c", textwrap.dedent(script), double.base_url, str(cache)]
+        with lock:  # no call is answered before its process is known
+            started.append(subprocess.Popen(command, env=os.environ, cwd=Path(__file__).parents[1]))
+        assert started[0].wait(120) == -signal.SIGKILL
+        replies = Llm(endpoint(double), cache).ask([asked(str(i)) for i in range(50)])
+    assert [reply.value for reply in replies] == [f"said: {i}" for i in range(50)]
+    times = Counter(map(prompt_of, double.bodies))
+    n_kept = sum(reply.cached for reply in replies)
+    assert n_kept >= 25 - 6, "all but the calls in flight were kept"
+    assert sum(times.values()) <= 50 + 6
+    assert {times[str(i)] for i, reply in enumerate(replies) if reply.cached} == {1}
+    assert {times[str(i)] for i, reply in enumerate(replies) if not reply.cached} <= {1, 2}
+
+
+def test_an_answer_that_cannot_be_kept_is_one_sentence(tmp_path: Path) -> None:
+    with AnswerCache(tmp_path / "answers.sqlite") as cache:
+        cache._rows.execute("PRAGMA query_only = ON")
+        for _ in range(2):
+            with pytest.raises(InputError, match=r"answers\.sqlite could not take an answer \(attempt to write"):
+                cache.put({"a": {}})
+
+
 def test_a_file_that_is_no_cache_is_named(tmp_path: Path) -> None:
     (tmp_path / "answers.sqlite").write_text("not a database, and long enough to be looked at " * 9)
     local = LocalBackend(lambda *_: [], "local:x", {}, 1)
@@ -247,23 +369,100 @@ def test_a_validator_is_applied_to_kept_answers_too(tmp_path: Path) -> None:
     assert double.n_requests == 2
 
 
+def test_no_call_in_flight_is_lost_when_another_stops_the_work(tmp_path: Path) -> None:
+    """One call learns that the credit is used up while three others, already paid for, are on their way."""
+    arrived, stopped = threading.Barrier(4), threading.Event()
+
+    def behave(prompt: str, attempt: int) -> str:
+        arrived.wait(30)
+        if prompt == "0":
+            threading.Timer(0.3, stopped.set).start()  # time enough to read this one's answer first
+            return "402"
+        stopped.wait(30)
+        return "text"
+
+    cache = tmp_path / "answers.sqlite"
+    requests = [asked(prompt) for prompt in ("0", "1", "2", "3")]
+    with LlmDouble(behave=behave) as double:
+        llm = Llm(endpoint(double, concurrency=4), cache)
+        with pytest.raises(InputError, match="no credit left"):
+            llm.ask(requests)
+        assert llm.usage.prompt_tokens == double.prompt_tokens == 3 * PROMPT_TOKENS
+        assert [reply.cached for reply in Llm(endpoint(double), cache).ask(requests[1:])] == [True] * 3
+
+
 # under load
 
 
-def test_forty_calls_on_a_bad_day_end_each_in_one_status_and_the_totals_are_the_bill(tmp_path: Path) -> None:
-    days = [["429", "json"], ["500", "429", "json"], ["prose"], ["refusal"], ["json"], ["500"], ["429", "refusal"]]
-    ends = {"json": "ok", "prose": "unparsed", "refusal": "refused", "500": "failed"}
-    script = {str(i): days[i % len(days)] for i in range(40)}
+STORM = {  # 40 % of the prompts meet one of these; what comes of them in the end, and whether it is billed
+    ("429", "json"): ("ok", True),
+    ("500", "429", "json"): ("ok", True),
+    ("timeout", "json"): ("ok", True),
+    ("truncated",): ("unparsed", True),
+    ("prose",): ("unparsed", True),
+    ("refusal",): ("refused", True),
+    ("refusal_field",): ("refused", True),
+    ("500", "refusal"): ("refused", True),
+    ("429",): ("failed", False),
+    ("500",): ("failed", False),
+    ("no_choices",): ("failed", False),
+    ("moderated",): ("refused", False),
+}
+
+
+def words(prompt: str) -> int:
+    return len(prompt.split())
+
+
+def test_three_hundred_calls_in_a_storm_end_each_in_one_status_and_the_ledger_is_the_bill(tmp_path: Path) -> None:
+    """Prompts and answers have different lengths, so an answer that was lost or counted twice shows in the sums."""
+    prompts = [f"prompt {i} " + "x " * (i % 17) for i in range(300)]
+    troubles = [list(STORM)[i // 5 * 2 % 12 + (i % 5 > 2)] if i % 5 in (2, 4) else ("json",) for i in range(300)]
+    ends = [STORM.get(trouble, ("ok", True)) for trouble in troubles]
+    script = {prompt: list(trouble) for prompt, trouble in zip(prompts, troubles, strict=True)}
+    script[prompts[2]] = ["timeout"]  # one that never answers at all
+    ends[2] = ("failed", False)
+    assert sum(words != ["json"] for words in script.values()) == 120
     prices = {"usd_per_million_prompt_tokens": 1.0, "usd_per_million_completion_tokens": 4.0}
-    with LlmDouble(answer=lambda body: JSON, behave=scripted(script)) as double:
-        llm = Llm(endpoint(double, concurrency=40, max_retries=3, **prices), tmp_path / "answers.sqlite")
-        replies = llm.ask([asked(prompt, schema=SCHEMA) for prompt in script])
-    assert [reply.status for reply in replies] == [ends[words[-1]] for words in script.values()]
-    assert sum(llm.usage.by_status.values()) == llm.usage.calls == 40
-    assert double.billed == sum(reply.status != "failed" for reply in replies)
-    assert llm.usage.prompt_tokens == double.billed * PROMPT_TOKENS
-    assert llm.usage.completion_tokens == double.billed * COMPLETION_TOKENS
-    assert llm.usage.cost_usd == pytest.approx(double.billed * (PROMPT_TOKENS + 4 * COMPLETION_TOKENS) / 1e6)
+    options = {"concurrency": 32, "max_retries": 2, "timeout_seconds": 3}
+
+    def usage(body: dict[str, Any], text: str) -> tuple[int, int]:
+        return words(prompt_of(body)), len(text)
+
+    together = threading.Barrier(32)
+
+    def behave(prompt: str, attempt: int) -> str:
+        if attempt == 0 and prompt in prompts[:32]:
+            together.wait(30)  # the first 32 calls are all in flight before one is answered
+        return scripted(script)(prompt, attempt)
+
+    seen: list[int] = []
+    requests = [asked(prompt, schema=SCHEMA) for prompt in prompts]
+    with LlmDouble(answer=lambda body: JSON, behave=behave, usage=usage) as double:
+        llm = Llm(endpoint(double, **options, **prices), tmp_path / "answers.sqlite")
+        replies = llm.ask(requests, progress=seen.append)
+        assert [reply.status for reply in replies] == [status for status, _ in ends]
+        assert [reply.value is not None for reply in replies] == [status == "ok" for status, _ in ends]
+        n_billed = sum(billed for _, billed in ends)
+        assert double.billed == n_billed
+        assert (llm.usage.calls, llm.usage.unbilled, llm.usage.cached) == (300, 300 - n_billed, 0)
+        assert sum(llm.usage.by_status.values()) == sum(seen) == 300
+        assert llm.usage.prompt_tokens == double.prompt_tokens == sum(reply.prompt_tokens for reply in replies)
+        assert llm.usage.completion_tokens == double.completion_tokens
+        assert llm.usage.cost_usd == pytest.approx((double.prompt_tokens + 4 * double.completion_tokens) / 1e6)
+        assert double.most_at_once == 32
+
+        double.bodies.clear()
+        double.behave = lambda prompt, attempt: "json"
+        again = Llm(endpoint(double, **options, **prices), tmp_path / "answers.sqlite")
+        after = again.ask(requests)
+    failed = [prompt for prompt, (status, _) in zip(prompts, ends, strict=True) if status == "failed"]
+    assert sorted(map(prompt_of, double.bodies)) == sorted(failed)
+    assert (again.usage.calls, again.usage.cached) == (len(failed), 300 - len(failed))
+    assert double.billed == n_billed + len(failed)
+    assert llm.usage.prompt_tokens + again.usage.prompt_tokens == double.prompt_tokens
+    for before, reply in zip(replies, after, strict=True):
+        assert reply == before._replace(cached=True) or (before.status == "failed" and reply.status == "ok")
 
 
 def test_no_more_calls_are_open_than_asked_for() -> None:
@@ -301,6 +500,7 @@ def test_what_no_call_can_survive_stops_the_work_and_keeps_the_answers(
             Llm(backend, tmp_path / "answers.sqlite").ask(requests)
         assert double.n_requests <= 5
         assert Llm(backend, tmp_path / "answers.sqlite").ask(requests[:1])[0].cached
+    assert KEY.encode() not in (tmp_path / "answers.sqlite").read_bytes()
     assert double.keys == {f"Bearer {KEY}"}
     assert KEY not in repr(backend) + "".join(traceback.format_exception(stopped.value)) + caplog.text
 
@@ -309,6 +509,20 @@ def test_a_server_that_repeats_the_key_does_not_get_it_into_a_reply() -> None:
     reply = one(LlmDouble(behave=lambda *_: "400", echo_key=True), asked("a"))
     assert "Bearer ***" in reply.detail
     assert KEY not in repr(reply)
+
+
+@pytest.mark.parametrize("behaviour", ["text", "refusal_field", "moderated", "400"])
+def test_no_answer_brings_the_key_into_the_cache(
+    behaviour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setattr(llm_double, "REFUSAL", f"I will not, {KEY}.")
+    double = LlmDouble(answer=lambda body: f"you gave me {KEY}", behave=lambda *_: behaviour, echo_key=True)
+    with double:
+        [reply] = Llm(endpoint(double), tmp_path / "answers.sqlite").ask([asked("a")])
+    assert "***" in f"{reply.value} {reply.detail}"
+    assert KEY not in repr(reply) + caplog.text
+    assert KEY.encode() not in (tmp_path / "answers.sqlite").read_bytes()
 
 
 def test_a_missing_key_is_one_sentence_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +565,56 @@ def test_a_local_model_that_rambles_after_its_json_has_answered() -> None:
 def test_a_local_model_is_greedy() -> None:
     with pytest.raises(InputError, match=r"temperature 0\.7 was asked of local:tiny"):
         Llm(LocalBackend(lambda *_: [], "local:tiny", {}, 1), None).ask([asked("a", temperature=0.7)])
+
+
+# judging by a local model
+
+
+def judging(
+    weights: dict[str, list[list[float]]], batches: list[Any] | None = None, batch_size: int = 2
+) -> LocalBackend:
+    def judge(prompts: list[str], choices: tuple[str, ...]) -> list[tuple[list[list[float]], int]]:
+        if batches is not None:
+            batches.append((prompts, choices))
+        return [(weights[prompt], len(prompt)) for prompt in prompts]
+
+    return LocalBackend(lambda prompts, *_: [(p.upper(), 1, 1) for p in prompts], "local:tiny", {}, batch_size, judge)
+
+
+def test_choices_are_judged_at_every_slot_and_kept(tmp_path: Path) -> None:
+    a, b, c = f"a {SLOT} and {SLOT}", f"b {SLOT}", f"c {SLOT}"
+    batches: list[Any] = []
+    llm = Llm(judging({a: [[1.0, 3.0], [0.2, 0.2]], b: [[0.5, 0.5]], c: [[0.0, 2.0]]}, batches), tmp_path / "a.sqlite")
+    yes = {"choices": ("no", "yes")}
+    requests = [asked(a, **yes), asked("text"), asked(b, **yes), asked(c, **yes)]
+    replies = llm.ask(requests)
+    assert [reply.value for reply in replies] == [[[0.25, 0.75], [0.5, 0.5]], "TEXT", [[0.5, 0.5]], [[0.0, 1.0]]]
+    assert batches == [([a, b], ("no", "yes")), ([c], ("no", "yes"))]
+    n_prompt = len(a) + 1 + len(b) + len(c)
+    assert (llm.usage.prompt_tokens, llm.usage.completion_tokens, llm.usage.cost_usd) == (n_prompt, 1, 0.0)
+    assert llm.ask(requests) == [reply._replace(cached=True) for reply in replies]
+    assert len(batches) == 2
+
+
+def test_what_is_no_probability_is_no_number() -> None:
+    replies = Llm(judging({f"{i} {SLOT}": [pair] for i, pair in enumerate([[math.nan, 1.0], [0.0, 0.0]])}), None).ask(
+        [asked(f"{i} {SLOT}", choices=("no", "yes")) for i in range(2)]
+    )
+    assert [(reply.status, reply.value) for reply in replies] == [("unparsed", None)] * 2
+
+
+def test_a_judge_that_skips_a_slot_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="2 slots × 2 choices"):
+        Llm(judging({f"{SLOT}{SLOT}": [[1.0, 0.0]]}), None).ask([asked(f"{SLOT}{SLOT}", choices=("no", "yes"))])
+
+
+def test_who_cannot_judge_says_so_before_anything_is_sent() -> None:
+    requests = [asked("a"), asked(f"a {SLOT}", choices=("no", "yes"))]
+    with LlmDouble() as double, pytest.raises(InputError, match=r"openai:double is an endpoint"):
+        Llm(endpoint(double), None).ask(requests)
+    assert double.n_requests == 0
+    with pytest.raises(InputError, match="local:x was loaded without a judge"):
+        Llm(LocalBackend(lambda *_: [], "local:x", {}, 1), None).ask(requests)
 
 
 # reading answers

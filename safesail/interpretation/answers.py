@@ -9,7 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-__all__ = ["KEYWORDS", "Judgement", "decode", "is_refusal", "judge", "mismatch"]
+from safesail.interpretation.exchange import Reply
+
+__all__ = ["KEYWORDS", "Judgement", "decode", "is_refusal", "judge", "judged", "mismatch"]
 
 
 class Judgement(NamedTuple):
@@ -20,6 +22,12 @@ class Judgement(NamedTuple):
     value: Any
     detail: str
     """Why it is not ok; empty when it is."""
+
+
+def judged(text: str, schema: dict[str, Any] | None, truncated: bool = False, **more: Any) -> Reply:
+    """The reply that an answer's whole text is; `more` are its tokens, cost and log-probabilities."""
+    status, value, detail = judge(text, schema, truncated)
+    return Reply(status, value, detail, raw="" if status == "ok" else text, **more)
 
 
 def judge(text: str, schema: dict[str, Any] | None, truncated: bool = False) -> Judgement:

@@ -59,9 +59,15 @@ class AnswerCache:
 
     def put(self, answers: dict[str, dict[str, Any]]) -> None:
         """Keeps `{key: answer}` (JSON values only), all or none; they are on disk when this returns."""
-        self._rows.execute("BEGIN")
-        self._rows.executemany(
-            "INSERT OR REPLACE INTO answers VALUES (?, ?)",
-            [(key, json.dumps(answer)) for key, answer in answers.items()],
-        )
-        self._rows.execute("COMMIT")
+        rows = [(key, json.dumps(answer)) for key, answer in answers.items()]
+        try:
+            self._rows.execute("BEGIN")
+            self._rows.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+            self._rows.execute("COMMIT")
+        except sqlite3.OperationalError as error:  # a full disk, a folder that has become read-only
+            if self._rows.in_transaction:
+                self._rows.execute("ROLLBACK")
+            raise InputError(
+                f"{self._path} could not take an answer ({error}); mend that and run the same command: what it holds "
+                "is not asked again"
+            ) from error

@@ -26,6 +26,7 @@ class Complaint(NamedTuple):
     text: str
 
 
+_N_ALTERNATIVES = 10
 _WEAKER_FORMAT = {"json_schema": "json_object", "json_object": "text"}
 _ABOUT_FORMAT = re.compile(
     r"response_format|json_schema|json_object|json mode|structured|guided|grammar", re.IGNORECASE
@@ -41,23 +42,31 @@ def is_about_content(complaint: Complaint) -> bool:
     return complaint.status_code in (400, 403, 422) and _ABOUT_CONTENT.search(complaint.text) is not None
 
 
-def adapted(dialect: Dialect, complaint: Complaint, structured: bool) -> Dialect | None:
+def adapted(dialect: Dialect, complaint: Complaint, request: Request) -> Dialect | None:
     """The dialect to try after a server's complaint about the one that was used, None when it complains of another."""
+    if _is_about_logprobs(complaint) and request.logprobs and "logprobs" not in dialect.left_out:
+        return dialect._replace(left_out=dialect.left_out | {"logprobs", "top_logprobs"})
     if complaint.status_code not in (400, 422, 500):
         return None
     if dialect.limit == "max_tokens" and "max_completion_tokens" in complaint.text:
         return dialect._replace(limit="max_completion_tokens")
     if complaint.parameter in {"temperature", "stop"} - dialect.left_out:  # reasoning models take neither
         return dialect._replace(left_out=dialect.left_out | {complaint.parameter})
-    if structured and dialect.answer_format != "text" and _ABOUT_FORMAT.search(complaint.text):
+    if request.schema is not None and dialect.answer_format != "text" and _ABOUT_FORMAT.search(complaint.text):
         return dialect._replace(answer_format=_WEAKER_FORMAT[dialect.answer_format])
     return None
+
+
+def _is_about_logprobs(complaint: Complaint) -> bool:
+    return complaint.status_code in (400, 403, 422, 500) and "logprobs" in complaint.text
 
 
 def chat_body(model: str, request: Request, dialect: Dialect) -> dict[str, Any]:
     """The arguments of a chat completion."""
     messages = [message._asdict() for message in request.messages]
     options: dict[str, Any] = {"temperature": request.temperature, dialect.limit: request.max_tokens}
+    if request.logprobs:
+        options |= {"logprobs": True, "top_logprobs": _N_ALTERNATIVES}
     if request.stop:
         options["stop"] = list(request.stop)
     if request.schema is not None:
