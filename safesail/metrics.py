@@ -11,17 +11,12 @@ __all__ = [
     "Interval",
     "auroc",
     "complement",
-    "contrast",
-    "distinguishing_frequency",
     "explained_variance",
-    "i_cdf",
-    "l0_above",
     "normaliser",
     "pearson",
     "pearson_interval",
     "quantiles_of_sparse",
     "ratio_of_sums",
-    "sign_test",
 ]
 
 DEFINITIONS = {
@@ -37,10 +32,14 @@ DEFINITIONS = {
     "kl/v1": "mean over predicted held-out tokens of KL(p unchanged || p with the SAE), in nats; "
     "tokens left out by the token policy keep their own activation",
     "l0_t/v1": "number of latents whose distinguishing frequency f_j exceeds t, averaged over concept categories; "
-    "f_j = share of pairs with max activation > 0 on the query with the concept and = 0 on the one without",
+    "f_j = share of pairs on whose query with the concept the latent is active, and silent on the one without; the "
+    "reduction over tokens and the activity test (maximum and > 0 by default) stand beside the number",
     "i_cdf/v1": "mean distinguishing frequency over all latents, averaged over concept categories "
     "(= the integral of 1 - CDF(f))",
     "i_cdf_swapped/v1": "i_cdf/v1 with the two queries of every pair swapped: what chance alone gives",
+    "i_cdf_null/v1": "mean of i_cdf/v1 when the two queries of each pair are swapped at random, exact; translations "
+    "of a pair are swapped together",
+    "above_null/v1": "i_cdf/v1 - i_cdf_null/v1",
     "simulation/v1": "Pearson correlation of simulated and true segment activity over concatenated held-out texts",
 }
 
@@ -95,49 +94,6 @@ def ratio_of_sums(numerators: Tensor, denominators: Tensor, *, n_resamples: int 
 def complement(interval: Interval) -> Interval:
     """1 - x, its ends changing places."""
     return Interval(*(None if x is None else 1 - x for x in (interval.value, interval.high, interval.low)))
-
-
-# --- concept contrast (Safe-SAIL; the formulas are our reading of its two sentences, see the docstrings) ----------
-
-
-def contrast(with_concept: Tensor, without: Tensor) -> Tensor:
-    """Which latents distinguish which pair: active with the concept and silent without it.
-
-    with_concept, without: (n_pairs, d_sae), each row the maximum activation over a query's tokens. Returns bool of
-    the same shape. Safe-SAIL does not publish the activity test or the reduction over tokens; `> 0` and `max` are ours.
-    """
-    return (with_concept > 0) & (without <= 0)
-
-
-def distinguishing_frequency(distinguishes: Tensor) -> Tensor:
-    """f_j, the share of pairs that latent j distinguishes. distinguishes: (n_pairs, d_sae) → (d_sae,)."""
-    return distinguishes.float().mean(0)
-
-
-def l0_above(frequency: Tensor, threshold: float) -> int:
-    """L_{0,t} = |{j : f_j > t}|, the number of latents that distinguish the concept. frequency: (d_sae,)."""
-    return int((frequency > threshold).sum())
-
-
-def i_cdf(frequency: Tensor) -> float:
-    """I_CDF = E_j[f_j] = the integral over t in [0, 1] of (1 - CDF(t)). frequency: (d_sae,)."""
-    return float(frequency.double().mean())
-
-
-def sign_test(wins: Tensor, losses: Tensor) -> Tensor:
-    """One-sided p-value that `wins` of wins + losses fair coin tosses, or more, come up. Both: (n,) integer counts."""
-    n = wins + losses
-    p_values = torch.ones(len(wins), dtype=torch.float64)
-    for i, (won, total) in enumerate(zip(wins.tolist(), n.tolist(), strict=True)):
-        if total:
-            log_choose = [_log_choose(total, m) for m in range(won, total + 1)]
-            p_values[i] = torch.tensor(log_choose, dtype=torch.float64).exp().sum() * 0.5**total
-    return p_values.clamp(max=1.0)
-
-
-def _log_choose(n: int, m: int) -> float:
-    terms = torch.tensor([n + 1, m + 1, n - m + 1], dtype=torch.float64).lgamma()
-    return float(terms[0] - terms[1] - terms[2])
 
 
 # --- activations --------------------------------------------------------------------------------------------------

@@ -1,26 +1,31 @@
 """Every published number, against values written out by hand or computed by another route (numpy, a binomial sum)."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 import torch
 
+from safesail.contrast import (
+    contrast,
+    distinguishing_frequency,
+    i_cdf,
+    l0_above,
+    l0_above_swapped,
+    q_values,
+    sign_test,
+    swap_null,
+)
 from safesail.metrics import (
     DEFINITIONS,
     auroc,
-    contrast,
-    distinguishing_frequency,
     explained_variance,
-    i_cdf,
-    l0_above,
     normaliser,
     pearson,
     pearson_interval,
     quantiles_of_sparse,
     ratio_of_sums,
-    sign_test,
 )
 
 GOLDEN = torch.tensor([1.0, 0.5, 0.25, 0.0])
@@ -70,10 +75,12 @@ def test_ce_recovered_is_undefined_where_zeroing_costs_nothing(zeroed: float):
 # --- concept contrast ---------------------------------------------------------------------------------------------
 
 
-def test_a_latent_distinguishes_a_pair_only_when_active_with_and_silent_without():
-    with_concept = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.1]])
-    without = torch.tensor([[0.0, 0.5, 0.5, 0.0, 0.0]])
-    assert contrast(with_concept, without).tolist() == [[True, False, False, False, True]]
+def test_a_latent_wins_a_pair_only_when_active_with_and_silent_without():
+    with_concept = torch.tensor([[1, 1, 0, 0]]).bool()
+    without = torch.tensor([[0, 1, 1, 0]]).bool()
+    won, lost = contrast(with_concept, without)
+    assert won.tolist() == [[True, False, False, False]]
+    assert lost.tolist() == [[False, False, True, False]]
 
 
 def test_distinguishing_frequency_is_the_share_of_pairs():
@@ -115,6 +122,105 @@ def test_sign_test_equals_the_binomial_tail_for_large_counts():
         for w, l in zip(wins.tolist(), losses.tolist(), strict=True)
     ]
     assert sign_test(wins, losses).tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_p_value_of_swaps_by_hand():
+    """Effects 4, 2, 1: of the eight ways to sign them only one reaches 7, two reach 5, so that 4, 2, -1 has p = 2/8."""
+    n = 20_000
+    assert swap_null(torch.tensor([4.0, 2.0, 1.0]), n, seed=0)[1] == pytest.approx(1 / 8, abs=0.01)
+    assert swap_null(torch.tensor([4.0, 2.0, -1.0]), n, seed=0)[1] == pytest.approx(2 / 8, abs=0.01)
+    assert swap_null(torch.tensor([-4.0, -2.0, -1.0]), n, seed=0)[1] == 1.0
+
+
+def test_the_p_value_of_swaps_counts_the_value_itself():
+    assert swap_null(torch.full((60,), 0.1), 99, seed=0)[1] == 1 / 100
+
+
+def test_the_high_end_of_swaps_is_the_95th_percentile():
+    """0.1 · (2 · heads - 10) of ten tosses: P(8 heads or more) = 56 / 1024, P(9 or more) = 11 / 1024."""
+    high, p_value = swap_null(torch.full((10,), 0.1), 20_000, seed=0)
+    assert high == pytest.approx(0.6)
+    assert p_value == pytest.approx(1 / 1024, rel=0.5)
+
+
+def test_l0_above_under_swaps_by_hand():
+    """Latent 0 differs on both pairs: it wins none, one, two with chances ¼, ½, ¼; latent 1 on one; latent 2 never."""
+    won, lost = torch.tensor([[1, 0, 0], [0, 1, 0]]), torch.tensor([[0, 0, 0], [1, 0, 0]])
+    assert l0_above_swapped(won, lost, 2, (0.0, 0.5, 1.0)) == [3 / 4 + 1 / 2, 1 / 4, 0.0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_l0_above_under_swaps_equals_the_mean_over_every_swap(seed: int):
+    """Five units of up to three pairs each; all 32 ways to swap them are counted out."""
+    chance = np.random.default_rng(seed)
+    n_each = chance.integers(1, 4, size=5)
+    won = np.array([chance.binomial(n, 0.3, size=40) for n in n_each])
+    lost = np.array([chance.binomial(n - w, 0.4) for n, w in zip(n_each, won, strict=True)])
+    n_pairs, thresholds = int(n_each.sum()), (0.0, 0.25, 0.5)
+    counted = np.zeros(3)
+    for swap in product((False, True), repeat=5):
+        frequency = np.where(np.array(swap)[:, None], lost, won).sum(0) / n_pairs
+        counted += [(frequency > t).sum() / 32 for t in thresholds]
+    assert l0_above_swapped(torch.tensor(won), torch.tensor(lost), n_pairs, thresholds) == pytest.approx(counted)
+
+
+# --- the false-discovery rate -------------------------------------------------------------------------------------
+
+
+def test_q_values_by_hand():
+    """5 : 0 has p = 1/32, 4 : 0 has p = 1/16, and four tosses never give p ≤ 1/32.
+
+    Allowed at 0.1 are thresholds with Σ F / (1 - F) ≤ 0.2: 1/32 gives 1/31 + 0, 1/16 gives 1/31 + 1/15, the next (6/32)
+    too much. So the limit is 1/16; q = 1/31 for the first, (1/31 + 1/15) / 2 for the second.
+    """
+    assert q_values(torch.tensor([5]), torch.tensor([0]), 0.1).tolist() == pytest.approx([1 / 31])
+    both = q_values(torch.tensor([4, 5]), torch.tensor([0, 0]), 0.1)
+    assert both.tolist() == pytest.approx([(1 / 31 + 1 / 15) / 2, 1 / 31])
+
+
+def test_latents_that_can_never_be_significant_cost_the_others_nothing():
+    """Three tosses have p ≥ 1/8: at 0.1 such latents are not tested, at 0.2 they are and count with what they reach."""
+    wins, losses = torch.tensor([5] + [3] * 50 + [0] * 50), torch.zeros(101, dtype=torch.long)
+    alone = q_values(torch.tensor([5]), torch.tensor([0]), 0.1)
+    q = q_values(wins, losses, 0.1)
+    assert float(q[0]) == float(alone[0])
+    assert (q[1:] == 1).all()
+    assert (q_values(wins, losses, 0.2)[1:51] <= 0.2).all()
+
+
+def test_nothing_to_test_has_q_one():
+    assert q_values(torch.tensor([0, 1]), torch.tensor([0, 0]), 0.05).tolist() == [1.0, 1.0]
+    assert q_values(torch.tensor([2, 0]), torch.tensor([3, 9]), 0.05).tolist() == [1.0, 1.0]
+
+
+def tosses(chance: np.random.Generator, n_latents: int) -> np.ndarray:
+    """How many of twelve pairs each latent differs on: mostly few, as sparse latents do."""
+    return chance.binomial(12, chance.beta(1, 3, size=n_latents))
+
+
+def test_the_false_discovery_rate_holds_when_nothing_is_there():
+    """With wins and losses at random every discovery is false: at most one group of pairs in ten may have any."""
+    chance, n_groups = np.random.default_rng(0), 300
+    found = 0
+    for _ in range(n_groups):
+        n = tosses(chance, 400)
+        wins = chance.binomial(n, 0.5)
+        found += bool((q_values(torch.tensor(wins), torch.tensor(n - wins), 0.1) <= 0.1).any())
+    assert 0.01 < found / n_groups <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / n_groups)
+
+
+def test_planted_latents_are_found_at_the_stated_rate():
+    """Thirty latents that win nine of ten of their tosses among 370 at random: most are found, few others with them."""
+    chance, n_groups = np.random.default_rng(1), 100
+    false, power = [], []
+    for _ in range(n_groups):
+        n = np.concatenate([np.full(30, 10), tosses(chance, 370)])
+        wins = chance.binomial(n, np.concatenate([np.full(30, 0.9), np.full(370, 0.5)]))
+        found = (q_values(torch.tensor(wins), torch.tensor(n - wins), 0.1) <= 0.1).numpy()
+        false.append(found[30:].sum() / max(found.sum(), 1))
+        power.append(found[:30].mean())
+    assert np.mean(false) <= 0.1 + 3 * np.std(false) / math.sqrt(n_groups)
+    assert np.mean(power) > 0.7
 
 
 # --- activations --------------------------------------------------------------------------------------------------
