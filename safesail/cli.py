@@ -26,6 +26,12 @@ app.add_typer(pairs_app, name="pairs")
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print what it would take and whether it fits.")]
+BudgetUsd = Annotated[
+    float | None, typer.Option("--budget-usd", help="Stop before language models cost more dollars than this.")
+]
+BudgetTokens = Annotated[
+    int | None, typer.Option("--budget-tokens", help="Stop before language models use more tokens than this.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/demo.")]
 
 
@@ -48,6 +54,8 @@ def run(
         bool, typer.Option("--adopt", help="Go on in a folder of another recipe, redoing what it changes.")
     ] = False,
     dry_run: DryRun = False,
+    budget_usd: BudgetUsd = None,
+    budget_tokens: BudgetTokens = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -68,7 +76,8 @@ def run(
         again += [part for setting in set_ or [] for part in ("--set", setting)]
         _print_plan(Run(folder, loaded), until, as_json, again)
         return
-    _make(Run.create(folder, loaded, adopt=adopt), until, quiet, as_json)
+    started = Run.create(folder, loaded, adopt=adopt)
+    _make(started, until, quiet, as_json, budget=_budget(started, budget_usd, budget_tokens))
 
 
 def _planned_stage_command(name: str, what: str) -> None:
@@ -87,6 +96,29 @@ def _planned_stage_command(name: str, what: str) -> None:
             _print_plan(Run.open(folder), name, as_json, again, force)
         else:
             _make(Run.open(folder), name, quiet, as_json, force)
+
+
+def _asking_stage_command(name: str, what: str) -> None:
+    @app.command(
+        name,
+        help=f"{what}\n\nExample:  safesail {name} runs/demo --dry-run  then  safesail {name} runs/demo --budget-usd 5",
+    )
+    def stage(
+        folder: RunFolder,
+        force: Annotated[bool, typer.Option("--force", help="Make it anew even if it is done.")] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print calls, tokens and cost.")] = False,
+        budget_usd: BudgetUsd = None,
+        budget_tokens: BudgetTokens = None,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
+        from safesail.run import Run
+
+        opened = Run.open(folder)
+        if dry_run:
+            _print_estimate(opened, name, as_json)
+        else:
+            _make(opened, name, quiet, as_json, force, _budget(opened, budget_usd, budget_tokens))
 
 
 def _stage_command(name: str, what: str) -> None:
@@ -112,11 +144,15 @@ for _name, _what in (
     ("eval", "Measure every SAE's fidelity on held-out texts."),
     ("select", "Choose an SAE per hook point, and its safety-related latents."),
     ("collect", "Collect examples and activation statistics of the chosen latents."),
-    ("explain", "Explain the chosen latents and name their domains."),
-    ("score", "Score the explanations by segment-level simulation."),
     ("build", "Build the release's folders with their cards."),
 ):
     _stage_command(_name, _what)
+
+for _name, _what in (
+    ("explain", "Explain the chosen latents and name their domains."),
+    ("score", "Score the explanations by simulation."),
+):
+    _asking_stage_command(_name, _what)
 
 
 @app.command()
@@ -211,30 +247,60 @@ def serve(
 
 
 @pairs_app.command("check")
-def check(file: Annotated[Path, typer.Argument(help="A jsonl file of concept pairs.")], as_json: Json = False) -> None:
-    """Check a file of concept pairs; exit status 1 if anything is wrong.
+def check(
+    files: Annotated[list[str], typer.Argument(help="Jsonl files of concept pairs, or shipped sets such as en.")],
+    as_json: Json = False,
+) -> None:
+    """Check files of concept pairs, each for itself and against each other; exit status 1 if anything is wrong.
 
-    Example:  safesail pairs check hub/pairs/en.jsonl
+    Example:  safesail pairs check en zh mine.jsonl
     """
-    from safesail.pairs import check_pairs
+    from safesail.pairs import check_files
     from safesail.taxonomy import Taxonomy
 
-    problems = check_pairs(file, Taxonomy.load())
+    problems = check_files(files, Taxonomy.load())
     if as_json:
-        print(json.dumps({"file": str(file), "problems": problems}, ensure_ascii=False))
+        print(json.dumps({"files": files, "problems": problems}, ensure_ascii=False))
     else:
-        print("\n".join(problems) or f"{file}: no problem found")
+        print("\n".join(problems) or f"{', '.join(files)}: no problem found")
     raise typer.Exit(1 if problems else 0)
 
 
-def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = False) -> None:
+@pairs_app.command("draft")
+def draft(
+    file: Annotated[Path, typer.Argument(help="A jsonl file of pairs that lack `without`.")],
+    out: Annotated[Path, typer.Option(help="The jsonl file of whole pairs; those already in it are kept.")],
+    model: Annotated[str, typer.Option(help="The endpoint's model.")],
+    base_url: Annotated[
+        str | None, typer.Option(help="An OpenAI-compatible endpoint (default: OPENAI_BASE_URL, or OpenAI's own).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Let a language model draft the twin without the concept; a twin that breaks a rule is named, not written.
+
+    Example:  safesail pairs draft half.jsonl --out mine.jsonl --model qwen --base-url http://127.0.0.1:8000/v1
+    """
+    from safesail.interpretation.draft import draft_file
+    from safesail.interpretation.llm import EndpointBackend, Llm
+    from safesail.taxonomy import Taxonomy
+
+    backend = EndpointBackend(model, base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
+    problems = draft_file(file, out, Llm(backend, out.with_name(f".{out.name}.answers.sqlite")), Taxonomy.load())
+    if as_json:
+        print(json.dumps({"file": str(out), "problems": problems}, ensure_ascii=False))
+    else:
+        print("\n".join(problems) or f"{out}: every pair has its twin; read them before you use them")
+    raise typer.Exit(1 if problems else 0)
+
+
+def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = False, budget: Any = None) -> None:
     from safesail import progress
     from safesail.pipeline import Pipeline
 
     progress.quiet(silent or as_json)
     say = (lambda line: None) if silent or as_json else lambda line: print(line, flush=True)
     try:
-        Pipeline(started, say).make(until, force)
+        Pipeline(started, say, budget).make(until, force)
     except KeyboardInterrupt:
         print("\nsafesail: stopped. Nothing is lost: the same command goes on from here.", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -244,6 +310,8 @@ def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = F
         print(json.dumps(started.record(until)))
     elif until == "select":
         _print_curve(started)
+    elif until in ("explain", "score"):
+        _print_statuses(started, until)
     elif until == "build":
         _print_release(started)
 
@@ -263,24 +331,52 @@ def _print_plan(planned: Any, until: str, as_json: bool, again: list[str], force
     raise typer.Exit(0 if plan.fits else 2)
 
 
-def _print_curve(started: Any) -> None:
-    from safesail.release.summary import curve_lines
+def _budget(started: Any, usd: float | None, tokens: int | None) -> Any:
+    """The limits of the command line, where one is not given the recipe's."""
+    from safesail.interpretation.budget import Budget
 
-    curve = started.json_of("select", "selection.json")["curve"]
-    print("\nReconstruction loss and concept contrast against sparsity, on held-out documents:\n")
-    print("\n".join(curve_lines([{"sae_id": sae_id, **row} for sae_id, row in curve.items()])))
+    runtime = started.recipe.runtime
+    return Budget(runtime.budget_usd if usd is None else usd, runtime.budget_tokens if tokens is None else tokens)
+
+
+def _print_estimate(opened: Any, name: str, as_json: bool) -> None:
+    from safesail.interpretation.estimate import estimate_lines
+    from safesail.pipeline import Pipeline
+
+    estimate = Pipeline(opened).estimate(name)
+    print(json.dumps(estimate._asdict()) if as_json else "\n".join(estimate_lines(name, estimate)))
+
+
+def _print_curve(started: Any) -> None:
+    from safesail.release.summary import aligned, candidate_table, curve_lines, selection_table
+
+    curve = [{"sae_id": sae_id, **row} for sae_id, row in started.json_of("select", "selection.json")["curve"].items()]
+    print("\nReconstruction loss on held-out documents, and concept contrast, against sparsity:\n")
+    print("\n".join(curve_lines(curve)))
+    print(f"\n{aligned(*selection_table(curve))}")
+    print(f"\n{aligned(*candidate_table(started.json_of('select', 'candidates.json'), started.recipe.select.fdr))}")
+    print(f"\nnext: safesail build {started.folder}")
+
+
+def _print_statuses(started: Any, until: str) -> None:
+    from safesail.release.summary import status_lines
+
+    table = started.table_of(until, "explanations.parquet" if until == "explain" else "scores.parquet")
+    refused = (started.record(until) or {}).get("refused_by_domain")
+    print()
+    print("\n".join(status_lines(table, [], refused) if until == "explain" else status_lines([], table)))
     print(f"\nnext: safesail build {started.folder}")
 
 
 def _print_release(started: Any) -> None:
     from safesail.neurons import NeuronDatabase
-    from safesail.release.summary import aligned, domain_table, sae_table
+    from safesail.release.summary import aligned, domain_table, sae_table, selection_table
     from safesail.repository import read_table
     from safesail.taxonomy import Taxonomy
 
     print(f"\nThe release is in {started.folder}: saes/ neurons/ examples/ inspector/\n")
-    print(aligned(*sae_table(read_table(started.part("neurons") / "selection/train.parquet"))))
-    print()
+    curve = read_table(started.part("neurons") / "selection/train.parquet")
+    print(f"{aligned(*sae_table(curve))}\n\n{aligned(*selection_table(curve))}\n")
     neurons = list(NeuronDatabase.load(started.folder))
     print(aligned(*domain_table(neurons, list(Taxonomy.load().domain_ids))))
     print(f"\nnext: safesail serve {started.folder}")

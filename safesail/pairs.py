@@ -49,7 +49,7 @@ Row = TypeVar("Row", bound=HalfPair)
 
 def load_pairs(name_or_path: Path | str) -> list[Pair]:
     """The pairs of a JSONL file, or of a shipped one by its bare name as `"en"`; raises InputError at a broken line."""
-    path = _find(name_or_path)
+    path = pairs_file(name_or_path)
     pairs = []
     for number, pair in read_lines(path, Pair):
         if isinstance(pair, str):
@@ -69,7 +69,7 @@ def read_lines(path: Path, kind: type[Row]) -> list[tuple[int, Row | str]]:
 
 def check_pairs(path: Path | str, taxonomy: Taxonomy) -> list[str]:
     """Every problem of the pair file, one sentence each with line number and field; an empty list when it is good."""
-    lines = read_lines(_find(path), Pair)
+    lines = read_lines(pairs_file(path), Pair)
     rules = PairRules(taxonomy, [(f"line {number}", pair) for number, pair in _pairs_of(lines)])
     problems = []
     for number, pair in lines:
@@ -84,7 +84,7 @@ def check_files(names: Sequence[Path | str], taxonomy: Taxonomy) -> list[str]:
 
     Each sentence begins with the file as it was given, and the line number.
     """
-    named = {str(name): _find(name) for name in names}
+    named = {str(name): pairs_file(name) for name in names}
     alone = [f"{name}, {problem}" for name, path in named.items() for problem in check_pairs(path, taxonomy)]
     return alone + check_parallel({name: _pairs_of(read_lines(path, Pair)) for name, path in named.items()})
 
@@ -158,7 +158,8 @@ class PairRules:
             yield f"field `{field}`: the {kind} {value!r} already stands on {first}; change or remove one"
 
 
-def _find(name_or_path: Path | str) -> Path:
+def pairs_file(name_or_path: Path | str) -> Path:
+    """The file of a shipped set by its bare name as `"en"`, or the given path; InputError lists the shipped sets."""
     if isinstance(name_or_path, Path) or not re.fullmatch(r"[\w-]+", name_or_path):
         return Path(name_or_path)
     try:

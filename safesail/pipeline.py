@@ -16,25 +16,27 @@ from torch import Tensor
 from safesail.assets import asset
 from safesail.distributed import ALONE, Ranks, device, ranks
 from safesail.errors import InputError
+from safesail.interpretation import explain, score
+from safesail.interpretation.budget import Budget
 from safesail.interpretation.collect import collect_stage
-from safesail.interpretation.explain import explain_stage
-from safesail.interpretation.explain import load as load_explanations
+from safesail.interpretation.estimate import Estimate, estimate
 from safesail.interpretation.llm import EndpointBackend, Llm, LocalBackend
 from safesail.interpretation.prompts import prompts_fingerprint
-from safesail.interpretation.score import score_stage
+from safesail.interpretation.simulate import expected_completion
 from safesail.lm.activations import Activations, harvest, remake
 from safesail.lm.corpus import gather, texts_fingerprint
 from safesail.lm.embed import SentenceEncoder
 from safesail.lm.generate import complete
 from safesail.lm.hooks import check_hook_points
+from safesail.lm.judge import judge
 from safesail.lm.load import causal_lm, files_fingerprint, load_tokenizer, model_fingerprint, tokenizer_hash
 from safesail.lm.shards import damaged, read_facts
 from safesail.lm.stream import Stream
 from safesail.lm.tokens import role_codes, special_ids
 from safesail.lm.windows import Storage
-from safesail.pairs import load_pairs
+from safesail.pairs import load_pairs, pairs_file
 from safesail.progress import bar, quiet
-from safesail.recipe import ExplainSection, Recipe, ScoreSection
+from safesail.recipe import AskedSection, Recipe
 from safesail.release.build import build_stage
 from safesail.run import STAGES, Run, StageWork
 from safesail.taxonomy import Taxonomy
@@ -49,25 +51,29 @@ __all__ = ["Pipeline", "outside_inputs"]
 
 def outside_inputs(recipe: Recipe) -> dict[str, str]:
     """The fingerprints of everything outside the recipe that its release depends on."""
-    pairs = Path(recipe.select.pairs)
-    pairs_file = pairs if pairs.is_file() else asset(f"hub/pairs/{recipe.select.pairs}.jsonl")
     return {
         "model": model_fingerprint(recipe.model.path, recipe.model.revision),
         "texts": texts_fingerprint(recipe.corpus, files_fingerprint),
         "encoder": model_fingerprint(recipe.explain.encoder),
         "taxonomy": files_fingerprint([asset("hub/taxonomy.toml")]),
-        "pairs": files_fingerprint([pairs_file]),
-        "prompts": prompts_fingerprint(),
+        "pairs": files_fingerprint([pairs_file(name) for name in recipe.select.pairs]),
+        "explain_prompts": prompts_fingerprint("explain"),
+        "simulate_prompts": prompts_fingerprint("simulate"),
         "cards": files_fingerprint(_files(asset("cards"))),
         "space": files_fingerprint(_files(asset("space"))),
     }
 
 
 class Pipeline:
-    """Runs the stages of one run folder, loading the model and the texts only for stages that need them."""
+    """Runs the stages of one run folder, loading the model and the texts only for stages that need them.
 
-    def __init__(self, run: Run, say: Callable[[str], None] = lambda line: None) -> None:
+    `budget` bounds what this command spends on endpoints; without one the recipe's runtime section gives it.
+    """
+
+    def __init__(self, run: Run, say: Callable[[str], None] = lambda line: None, budget: Budget | None = None) -> None:
         self.run, self.recipe, self.ranks = run, run.recipe, ranks()
+        runtime = run.recipe.runtime
+        self.budget = budget or Budget(runtime.budget_usd, runtime.budget_tokens)
         self.say = say if self.ranks.first else lambda line: None
         if not self.ranks.first:
             quiet()
@@ -98,10 +104,9 @@ class Pipeline:
         """Find out now, not an hour later, that a key or a model's name is missing for a stage that will need it."""
         ahead = list(STAGES)[: list(STAGES).index(until) + 1]
         waiting = [name for name in ahead if self.run.state(name) != "done"]
-        if "explain" in waiting and self.recipe.explain.backend == "endpoint":
-            self._explainer()
-        if "score" in waiting and "llm" in self.recipe.score.simulators:
-            self._simulator()
+        for name, section in (("explain", self.recipe.explain), ("score", self.recipe.score)):
+            if name in waiting and section.backend == "endpoint" and self._asks(name):
+                self._llm(section)
 
     def _make(self, name: str) -> None:
         started = time.monotonic()
@@ -230,7 +235,7 @@ class Pipeline:
             self._activations,
             self.run.result("train"),
             self.run.json_of("eval", "fidelity.json"),
-            load_pairs(self.recipe.select.pairs),
+            [pair for name in self.recipe.select.pairs for pair in load_pairs(name)],
             self._model,
             self._tokenizer,
             work,
@@ -248,21 +253,20 @@ class Pipeline:
         )
 
     def _explain(self, work: StageWork) -> None:
-        explain_stage(
+        explain.explain_stage(
             self.recipe,
             self.run.table_of("collect", "examples.parquet"),
             self._statistics(),
             self.run.json_of("select", "candidates.json"),
             self._taxonomy,
-            self._explainer(),
+            self._llm(self.recipe.explain),
             self._encoder.encode,
             work,
         )
 
     def _score(self, work: StageWork) -> None:
-        explanations, _ = load_explanations(self.run.result("explain"))
-        llm = self._simulator() if "llm" in self.recipe.score.simulators else None
-        score_stage(
+        explanations, _ = explain.load(self.run.result("explain"))
+        score.score_stage(
             self.recipe,
             self._activations,
             self.run.result("collect"),
@@ -270,35 +274,85 @@ class Pipeline:
             explanations,
             self._tokenizer,
             self._encoder.encode,
-            llm,
+            self._llm(self.recipe.score) if self._asks("score") else None,
             work,
         )
 
     def _build(self, work: StageWork) -> None:
         build_stage(self.run, self._taxonomy, work)
 
-    def _explainer(self) -> Llm:
-        section = self.recipe.explain
+    # --- the language models that are asked ------------------------------------------------------------------
+
+    def estimate(self, name: str) -> Estimate:
+        """What the stage would ask of its language model and what that would cost; nothing is sent.
+
+        InputError when the stage asks none, or what it reads is not made yet.
+        """
+        if not self._asks(name):
+            raise InputError(f"{name} asks no language model with this recipe, so it costs nothing.")
+        missing = next((stage for stage in STAGES[name].after if self.run.state(stage) != "done"), None)
+        if missing:
+            raise InputError(
+                f"what {name} will cost is known once {missing} is done; type `safesail {missing} {self.run.folder}`."
+            )
+        section = self.recipe.explain if name == "explain" else self.recipe.score
+        tokenizer = load_tokenizer(section.tokenizer) if section.tokenizer else self._tokenizer
+
+        def count(text: str) -> int:
+            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        if name == "explain":
+            examples, recipe = self.run.table_of("collect", "examples.parquet"), self.recipe
+            requests = list(explain.explain_requests(recipe, examples, self._statistics(), self._taxonomy).values())
+            return estimate(
+                self._llm(section), requests, count, lambda request: explain.expected_completion(request, recipe)
+            )
+        explanations, _ = explain.load(self.run.result("explain"))
+        requests = score.score_requests(
+            self.recipe,
+            self._activations,
+            self.run.result("collect"),
+            self._statistics(),
+            explanations,
+            self._tokenizer,
+        )
+        return estimate(self._llm(section), requests, count, expected_completion)
+
+    def _asks(self, name: str) -> bool:
+        """Whether a stage asks a language model."""
+        return name == "explain" or any(method.endswith("-llm") for method in self.recipe.score.methods)
+
+    def _llm(self, section: AskedSection) -> Llm:
         cache = self.run.scratch / "llm.sqlite"
         if section.backend == "endpoint":
-            if not section.model:
-                raise InputError("explain.backend is 'endpoint' but explain.model is empty; name the endpoint's model.")
-            return Llm(self._endpoint(section), cache)
-        path = section.model or self.recipe.model.path
-        model = self._model if not section.model else causal_lm(section.model)
-        tokenizer = self._tokenizer if not section.model else load_tokenizer(section.model)
-        backend = LocalBackend(
-            lambda prompts, max_tokens, stop: complete(model, tokenizer, prompts, max_tokens, stop),
-            name=f"local:{Path(path).name}",
-            identity={"model": model_fingerprint(path)},
-            batch_size=16,
-        )
-        return Llm(backend, cache)
+            return Llm(self._endpoint(section), cache, budget=self.budget)
+        return Llm(self._local(section.model or self.recipe.model.path), cache)
 
-    def _simulator(self) -> Llm:
-        return Llm(self._endpoint(self.recipe.score), self.run.scratch / "llm.sqlite")
+    def _local(self, path: str) -> LocalBackend:
+        """A model of this machine; it is loaded when it is first asked."""
 
-    def _endpoint(self, section: ExplainSection | ScoreSection) -> EndpointBackend:
+        def answers(prompts: list[str], max_tokens: int, stop: tuple[str, ...]) -> list[tuple[str, int, int]]:
+            return complete(*self._asked_model(path), prompts, max_tokens, stop)
+
+        def judges(prompts: list[str], choices: tuple[str, ...]) -> list[tuple[list[list[float]], int]]:
+            return judge(*self._asked_model(path), prompts, choices)
+
+        identity = {"model": model_fingerprint(path)}
+        return LocalBackend(answers, f"local:{Path(path).name}", identity, batch_size=16, judge=judges)
+
+    def _asked_model(self, path: str) -> tuple[Any, Any]:
+        if path == self.recipe.model.path:
+            return self._model, self._tokenizer
+        if path not in self._others:
+            where = device(self.recipe.runtime.device)
+            self._others[path] = (causal_lm(path, device=where), load_tokenizer(path))
+        return self._others[path]
+
+    @cached_property
+    def _others(self) -> dict[str, tuple[Any, Any]]:
+        return {}
+
+    def _endpoint(self, section: AskedSection) -> EndpointBackend:
         runtime = self.recipe.runtime
         return EndpointBackend(
             section.model,
@@ -325,9 +379,17 @@ def _spent(usage: dict[str, Any] | None, stage: str, run: Run) -> str:
     return line
 
 
+_IN_WORDS = {
+    "encoder": "the sentence encoder",
+    "space": "the Space",
+    "explain_prompts": "the explainer's prompts",
+    "simulate_prompts": "the simulator's prompts",
+}
+
+
 def _and(inputs: list[str]) -> str:
     """Outside inputs in words: `the model and the texts`."""
-    words = [{"encoder": "the sentence encoder", "space": "the Space"}.get(name, f"the {name}") for name in inputs]
+    words = [_IN_WORDS.get(name, f"the {name}") for name in inputs]
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 

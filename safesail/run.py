@@ -62,8 +62,8 @@ STAGES: dict[str, Stage] = {
         Stage("eval", ("eval",), ("harvest", "train")),
         Stage("select", ("seed", "select"), ("harvest", "train", "eval"), ("pairs", "taxonomy")),
         Stage("collect", ("seed", "collect"), ("harvest", "select")),
-        Stage("explain", ("seed", "explain"), ("select", "collect"), ("encoder", "taxonomy", "prompts")),
-        Stage("score", ("seed", "score"), ("harvest", "collect", "explain"), ("encoder", "prompts")),
+        Stage("explain", ("seed", "explain"), ("select", "collect"), ("encoder", "taxonomy", "explain_prompts")),
+        Stage("score", ("seed", "score"), ("harvest", "collect", "explain"), ("encoder", "simulate_prompts")),
         Stage("build", ("name", "publish"), ("eval", "select", "collect", "explain", "score"), ("cards", "space")),
     )
 }

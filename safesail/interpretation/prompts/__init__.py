@@ -29,8 +29,7 @@ def prompt_hash(name: str) -> str:
     return hashlib.sha256(prompt(name).encode()).hexdigest()[:12]
 
 
-def prompts_fingerprint() -> str:
-    """One hash over all templates."""
-    return hashlib.sha256(
-        "".join(prompt_hash(path.stem) for path in sorted(_FOLDER.glob("*.txt"))).encode()
-    ).hexdigest()
+def prompts_fingerprint(stage: str) -> str:
+    """One hash over a stage's templates. stage: how their names begin, `explain` or `simulate`."""
+    names = sorted(path.stem for path in _FOLDER.glob(f"{stage}_*.txt"))
+    return hashlib.sha256("".join(map(prompt_hash, names)).encode()).hexdigest()
