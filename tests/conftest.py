@@ -170,6 +170,7 @@ def mini_settings(texts: Path, tiny_model: Path, tiny_encoder: Path) -> list[str
         "train.dead_after_tokens": "5000",
         "train.aux_k": "16",
         "eval.n_ce_tokens": "600",
+        "select.fdr": "0.9",
         "select.max_latents_per_domain": "4",
         "explain.encoder": f'"{tiny_encoder}"',
         "score.n_active_texts": "6",

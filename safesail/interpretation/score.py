@@ -1,55 +1,118 @@
-"""How far an explanation can be trusted: segment-level simulation (Safe-SAIL).
+"""How far an explanation can be trusted: simulation (Safe-SAIL), and what it must be seen against.
 
-Reads the harvest, the candidates' activations and their explanations. Writes `scores.parquet` (neuron × simulator).
+Reads the harvest, the candidates' activations and their explanations. Writes `scores.parquet` (a row per neuron,
+language and method).
 
-Texts of the *score* half, disjoint from those that were explained, are cut into segments of a few tokens. The truth of
-a segment is 1 if any of its tokens is active, else 0. A simulator that sees only the explanation says how active it
-expects each segment to be. The score is the Pearson correlation of the two over all texts of the neuron, joined.
+Held-out texts are taken as tokens, as segments of a few tokens, or whole (`excerpts`); what the neuron really does on
+each of these units is known. A simulator that sees only the explanation predicts it. The score is the Pearson
+correlation of the two over all texts of the neuron, joined; of yes and no it is the phi coefficient, which depends on
+the share of active units, so the confusion counts stand beside it.
 
-    embedding   cosine of explanation and segment, from a sentence encoder
-    lexical     whether the segment holds one of the tokens that carry the latent on the explain half: costs nothing,
+    embedding   cosine of explanation and unit, from a sentence encoder
+    lexical     whether the unit holds one of the tokens that carry the latent on the explain half: costs nothing,
                 knows no meaning, and is what every other simulator must be seen against
-    llm         a language model names the segments in which it expects activity
+    llm         a language model says where it expects activity (`simulate`)
+
+A score is null where it is undefined (a side is constant) and where a call was refused, failed or not understood.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from safesail.interpretation.collect import Firings, Peak, load_codes, peaks
-from safesail.interpretation.llm import Llm, Message, Reply, Request
-from safesail.interpretation.prompts import inert, prompt
+from safesail.errors import InputError
+from safesail.interpretation.collect import Firings, load_codes
+from safesail.interpretation.excerpts import Excerpt, Level, Pieces, Units, group_excerpts, units_of
+from safesail.interpretation.llm import Llm, Request
+from safesail.interpretation.simulate import Job, Simulated, simulate, simulation_requests
 from safesail.lm.activations import Activations
-from safesail.lm.tokens import token_bytes
 from safesail.metrics import auroc, pearson_interval
 from safesail.neurons import parse_neuron_id
 from safesail.progress import bar
 from safesail.recipe import Recipe
 from safesail.run import StageWork
-from safesail.training.step import generator
 
-__all__ = ["Segments", "lexical_tokens", "score_stage", "segments_of", "simulation_request"]
+__all__ = ["SCORE_SCHEMA", "lexical_tokens", "method_name", "score_requests", "score_stage", "scored_row"]
 
-_SEGMENTS_PER_TEXT = 8
 _N_LEXICAL = 30
-_SEGMENTS_PER_REQUEST = 60
 Row = dict[str, Any]
 
 
-class Segments(NamedTuple):
-    """The segments on which one neuron is scored."""
+class Held:
+    """The held-out texts of all neurons, and what each method needs to know of them."""
 
-    texts: list[str]
-    ids: list[list[int]]
-    truth: Tensor
-    """(n_segments,) 1.0 where any token is active."""
-    text_of: Tensor
-    """(n_segments,) which text each segment comes from."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        activations: Activations,
+        collected: Path,
+        statistics: dict[str, Row],
+        explanations: list[Row],
+        tokenizer: Any,
+    ) -> None:
+        self.recipe = recipe
+        self.explanations = _of_languages(recipe, explanations)
+        self.neurons = list(dict.fromkeys(row["neuron_id"] for row in explanations))
+        self._activations = activations
+        self._codes = {name: load_codes(collected, name) for name in activations.hook_points}
+        self._normalisers = {name: statistics[name]["normaliser"] for name in self.neurons}
+        self._units: dict[tuple[Level, str], Units] = {}
+        self._excerpts: dict[str, list[Excerpt]] = {}
+        pieces = Pieces(recipe, activations, tokenizer)
+        with bar("score: texts", len(self.neurons), "neuron") as progress:
+            for hook_point, latents in self._groups():
+                codes, normalisers = (
+                    self._codes[hook_point],
+                    {n: self._normalisers[name] for n, name in latents.items()},
+                )
+                found = group_excerpts(recipe, activations, codes, normalisers, tokenizer, pieces)
+                self._excerpts |= {latents[latent]: excerpts for latent, excerpts in found.items()}
+                progress.update(len(latents))
+
+    def _groups(self) -> list[tuple[str, dict[int, str]]]:
+        """(hook point, {latent: neuron id}) of neurons that share their texts: neighbours in the list.
+
+        Whether there is an explanation to be scored makes no difference to them.
+        """
+        by_hook_point: dict[str, dict[int, str]] = {}
+        for name in self.neurons:
+            hook_point, latent = parse_neuron_id(name, self._activations.hook_points)
+            by_hook_point.setdefault(hook_point, {})[latent] = name
+        size = self.recipe.score.neurons_per_request
+        groups = []
+        for hook_point, latents in by_hook_point.items():
+            members = list(latents.items())
+            groups += [(hook_point, dict(members[i : i + size])) for i in range(0, len(members), size)]
+        return groups
+
+    def units(self, level: Level, neuron: str) -> Units:
+        """What a neuron is scored on at one level."""
+        if (level, neuron) not in self._units:
+            section = self.recipe.score
+            found = units_of(self._excerpts[neuron], level, section.segment_tokens, section.active_above)
+            self._units[level, neuron] = found
+        return self._units[level, neuron]
+
+    def jobs(self, level: Level) -> list[Job]:
+        """Every explanation there is, with the units to try it on; those of a language stand together."""
+        rows = [row for row in self.explanations if row["status"] == "ok"]
+        languages = list(dict.fromkeys(row["language"] for row in rows))
+        rows.sort(key=lambda row: languages.index(row["language"]))
+        return [
+            Job(row["neuron_id"], row["language"], row["explanation"], self.units(level, row["neuron_id"]))
+            for row in rows
+        ]
+
+    def lexicon(self, neuron: str) -> list[int]:
+        """The tokens that carry a neuron on the explain half."""
+        hook_point, latent = parse_neuron_id(neuron, self._activations.hook_points)
+        active_above = self.recipe.score.active_above * self._normalisers[neuron]
+        return lexical_tokens(self._activations, self._codes[hook_point], latent, active_above, _N_LEXICAL)
 
 
 def score_stage(
@@ -63,55 +126,48 @@ def score_stage(
     llm: Llm | None,
     work: StageWork,
 ) -> None:
-    """Score every explanation with every simulator of the recipe."""
-    codes = {name: load_codes(collected, name) for name in activations.hook_points}
-    found, lexicon = {}, {}
-    with bar("score: segments", len(explanations), "neuron") as progress:
-        for row in explanations:
-            hook_point, latent = parse_neuron_id(row["neuron_id"], activations.hook_points)
-            q = statistics[row["neuron_id"]]["normaliser"]
-            found[row["neuron_id"]] = segments_of(recipe, activations, codes[hook_point], latent, q, tokenizer)
-            active_above = recipe.score.active_above * q
-            lexicon[row["neuron_id"]] = lexical_tokens(activations, codes[hook_point], latent, active_above, _N_LEXICAL)
-            progress.update(1)
+    """Score every explanation by every method of the recipe."""
+    held = Held(recipe, activations, collected, statistics, explanations, tokenizer)
     rows: list[Row] = []
-    for simulator in recipe.score.simulators:
-        if simulator == "embedding":
-            rows += _by_embedding(recipe, explanations, found, embed)
-        elif simulator == "lexical":
-            rows += _by_lexicon(recipe, explanations, found, lexicon)
+    for method in recipe.score.methods:
+        level, who = _level(method), method.partition("-")[2]
+        if who == "lexical":
+            rows += _by_lexicon(held, method, level)
+        elif who == "embedding":
+            rows += _by_embedding(held, method, level, embed)
         else:
             assert llm is not None, "the pipeline makes the llm when the recipe names it"
-            rows += _by_llm(recipe, explanations, found, llm)
+            rows += _by_llm(held, method, level, llm)
             work.facts["usage"] = llm.usage.summary()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), work.folder / "scores.parquet")
-    work.facts["n_segments"] = sum(len(segments.texts) for segments in found.values())
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCORE_SCHEMA), work.folder / "scores.parquet")
+    work.facts["statuses"] = {s: sum(row["status"] == s for row in rows) for s in sorted({r["status"] for r in rows})}
 
 
-def segments_of(
-    recipe: Recipe, activations: Activations, codes: Firings, latent: int, q: float, tokenizer: Any
-) -> Segments:
-    """The segments of a neuron's active and silent texts of the score half.
+def score_requests(
+    recipe: Recipe,
+    activations: Activations,
+    collected: Path,
+    statistics: dict[str, Row],
+    explanations: list[Row],
+    tokenizer: Any,
+) -> list[Request]:
+    """What the stage would ask the language model, for the dry run."""
+    section = recipe.score
+    levels: list[Level] = [_level(method) for method in section.methods if method.endswith("-llm")]
+    if not levels:
+        return []
+    held = Held(recipe, activations, collected, statistics, explanations, tokenizer)
+    is_local = section.backend == "local"
+    return [request for level in levels for request in simulation_requests(held.jobs(level), level, section, is_local)]
 
-    Segments lie on a grid that starts at each text's beginning, so that neurons share them; of a long text, the
-    stretch around the peak (or, in a silent text, the first) is used.
-    """
-    values, rows = codes.of(latent)
-    active = {r for r, v in zip(rows.tolist(), values.tolist(), strict=True) if v > recipe.score.active_above * q}
-    firing_pieces = {int(activations.piece_of_row[row]) for row in rows.tolist()}
-    seed = (recipe.seed, "score", latent)
-    chosen = _active_texts(recipe, activations, peaks(codes, activations, latent, q), seed)
-    silent = _silent_texts(recipe, activations, firing_pieces)
-    n, texts, ids, truth, text_of = recipe.score.segment_tokens, [], [], [], []
-    for number, (piece, peak_row) in enumerate([*chosen, *silent]):
-        piece_ids, first = activations.piece_ids[piece], int(activations.row_start[piece])
-        for start in _grid(len(piece_ids), n, peak_row - first if peak_row is not None else 0):
-            part = piece_ids[start : start + n]
-            texts.append(b"".join(token_bytes(tokenizer, part)).decode(errors="replace"))
-            ids.append(part)
-            truth.append(float(any(first + start + i in active for i in range(len(part)))))
-            text_of.append(number)
-    return Segments(texts, ids, torch.tensor(truth), torch.tensor(text_of))
+
+def method_name(method: str, segment_tokens: int) -> str:
+    """What rows call a method of the recipe: `segment-5/llm`, `detection/llm`, `similarity/embedding`, …"""
+    level, _, who = method.partition("-")
+    if level == "segment":
+        level = f"segment-{segment_tokens}"
+    special = {"text-llm": "detection", "text-embedding": "similarity"}
+    return f"{special.get(method, level)}/{who}"
 
 
 def lexical_tokens(activations: Activations, codes: Firings, latent: int, active_above: float, n: int) -> list[int]:
@@ -125,167 +181,152 @@ def lexical_tokens(activations: Activations, codes: Firings, latent: int, active
     return sorted(weights, key=lambda token: (-weights[token], token))[:n]
 
 
-def simulation_request(explanation: str, texts: list[str]) -> Request:
-    """Ask which of the numbered segments are active; the texts are delimited data."""
-    numbered = "\n".join(f"{i}: {inert(text)}" for i, text in enumerate(texts, 1))
-    schema = {
-        "type": "object",
-        "properties": {"active": {"type": "array", "items": {"type": "integer"}}},
-        "required": ["active"],
-        "additionalProperties": False,
-    }
-    text = prompt("simulate_segments").format(explanation=inert(explanation), segments=numbered)
-    return Request(messages=(Message("user", text),), max_tokens=8 * len(texts) + 32, schema=schema)
+def scored_row(units: Units, predicted: Tensor | None, level: Level, seed: int, *, is_of_activity: bool = True) -> Row:
+    """The figures of one neuron by one method. predicted: (n_units,), None where there is no prediction.
+
+    Predictions of activity are levels of tokens, of which 1 is a yes, or else probabilities, of which more than 0.5 is;
+    a cosine is neither and has no confusion counts. An undefined score leaves the figures of agreement null.
+    """
+    row: Row = dict.fromkeys(SCORE_SCHEMA.names)
+    active = units.truth > 0
+    row |= {"n_units": len(active), "n_active": int(active.sum()), "n_texts": len(units.text_of.unique())}
+    if predicted is None:
+        return row
+    if is_of_activity:
+        row |= _confusion(active, predicted >= 1 if level == "token" else predicted > 0.5)
+    interval = pearson_interval(predicted, units.truth, units.text_of, seed=seed)
+    if interval.value is None:
+        return row | {"status": "undefined", "detail": _why_undefined(units.truth, level)}
+    row |= {"score": interval.value, "low": interval.low, "high": interval.high}
+    return row | {"auroc": auroc(predicted, units.truth), "status": "ok", "detail": ""}
 
 
-def _active_texts(
-    recipe: Recipe, activations: Activations, found: list[Peak], seed: tuple[Any, ...]
-) -> list[tuple[int, int | None]]:
-    """Half of them the strongest, half drawn from all levels; one text per document."""
-    ours, seen = [], set()
-    for peak in found:
-        if activations.half[peak.piece] == "score" and activations.documents[peak.piece] not in seen:
-            seen.add(activations.documents[peak.piece])
-            ours.append(peak)
-    n_top = (recipe.score.n_active_texts + 1) // 2
-    rest = ours[n_top:]
-    order = torch.randperm(len(rest), generator=generator(*seed)).tolist()
-    drawn = [rest[i] for i in order[: recipe.score.n_active_texts - n_top]]
-    return [(peak.piece, peak.row) for peak in [*ours[:n_top], *drawn]]
+# --- the methods --------------------------------------------------------------------------------------------------
 
 
-def _silent_texts(recipe: Recipe, activations: Activations, firing: set[int]) -> list[tuple[int, int | None]]:
-    """The first texts, in an order shared by all neurons, in which the latent never fires."""
-    order = torch.randperm(len(activations.piece_ids), generator=generator(recipe.seed, "silent")).tolist()
-    chosen: list[tuple[int, int | None]] = []
-    for piece in order:
-        if len(chosen) == recipe.score.n_silent_texts:
-            break
-        long_enough = len(activations.piece_ids[piece]) >= 2 * recipe.score.segment_tokens
-        if activations.half[piece] == "score" and piece not in firing and long_enough:
-            chosen.append((piece, None))
-    return chosen
+def _by_lexicon(held: Held, method: str, level: Level) -> list[Row]:
+    """One row a neuron: no explanation is read."""
+    rows = []
+    for neuron in held.neurons:
+        units, words = held.units(level, neuron), set(held.lexicon(neuron))
+        predicted = torch.tensor([float(any(id in words for id in ids)) for ids in units.ids])
+        row = scored_row(units, predicted, level, held.recipe.seed)
+        rows.append(row | _named(held, method, neuron, "", f"{_N_LEXICAL} strongest tokens") | _FREE)
+    return rows
 
 
-def _grid(length: int, n: int, around: int) -> range:
-    """The starts of at most eight whole or final segments, the one holding `around` near their middle."""
-    n_segments = -(-length // n)
-    first = min(max(around // n - _SEGMENTS_PER_TEXT // 2, 0), max(n_segments - _SEGMENTS_PER_TEXT, 0))
-    return range(first * n, min(first + _SEGMENTS_PER_TEXT, n_segments) * n, n)
-
-
-def _by_embedding(recipe: Recipe, explanations: list[Row], found: dict[str, Segments], embed: Any) -> list[Row]:
-    """Cosines of explanation and segment; every distinct text is encoded once."""
-    explained = [row for row in explanations if row["status"] == "ok"]
-    texts = sorted({text for row in explained for text in found[row["neuron_id"]].texts})
-    texts += sorted({row["explanation"] for row in explained} - set(texts))
-    with bar("score: embed", len(texts), "segment") as progress:
+def _by_embedding(held: Held, method: str, level: Level, embed: Callable[..., Tensor]) -> list[Row]:
+    """Cosines of explanation and unit; every distinct text is encoded once."""
+    jobs = {(job.neuron_id, job.language): job for job in held.jobs(level)}
+    texts = sorted({text for job in jobs.values() for text in (*job.units.texts, job.explanation)})
+    with bar(f"score: {method}", len(texts), "text") as progress:
         vectors = embed(texts, progress=progress.update)
     number = {text: i for i, text in enumerate(texts)}
+
+    def row_of(explained: Row) -> Row:
+        job = jobs.get((explained["neuron_id"], explained["language"]))
+        units, predicted = held.units(level, explained["neuron_id"]), None
+        if job is not None:
+            predicted = vectors[[number[text] for text in units.texts]] @ vectors[number[job.explanation]]
+        return scored_row(units, predicted, level, held.recipe.seed, is_of_activity=False) | _FREE
+
+    return _explained_rows(held, method, Path(held.recipe.explain.encoder).name, row_of)
+
+
+def _by_llm(held: Held, method: str, level: Level, llm: Llm) -> list[Row]:
+    section, jobs = held.recipe.score, held.jobs(level)
+    n_calls = len(simulation_requests(jobs, level, section, section.backend == "local"))
+    with bar(f"score: {method}", n_calls, "call") as progress:
+        simulated = simulate(jobs, level, section, llm, progress.update)
+    found = {(job.neuron_id, job.language): said for job, said in zip(jobs, simulated, strict=True)}
+
+    def row_of(explained: Row) -> Row:
+        said = found.get((explained["neuron_id"], explained["language"]))
+        units = held.units(level, explained["neuron_id"])
+        row = scored_row(units, said and said.predicted, level, held.recipe.seed)
+        return row | (_FREE if said is None else _spent(said, row))
+
+    return _explained_rows(held, method, llm.backend.name, row_of)
+
+
+def _explained_rows(held: Held, method: str, simulator: str, row_of: Callable[[Row], Row]) -> list[Row]:
+    """One row per explanation, in their order; one that is not ok hands its status on."""
     rows = []
-    for row in explanations:
-        segments = found[row["neuron_id"]]
-        predicted = None
-        if row["status"] == "ok":
-            predicted = vectors[[number[text] for text in segments.texts]] @ vectors[number[row["explanation"]]]
-        rows.append(
-            _row(recipe, row["neuron_id"], "embedding", _encoder_name(recipe), segments, predicted, row["status"])
+    for explained in held.explanations:
+        row = row_of(explained) | _named(held, method, explained["neuron_id"], explained["language"], simulator)
+        if explained["status"] != "ok":
+            row |= {"status": explained["status"], "detail": "there is no explanation to be scored"}
+        rows.append(row)
+    return rows
+
+
+def _named(held: Held, method: str, neuron: str, language: str, simulator: str) -> Row:
+    name = method_name(method, held.recipe.score.segment_tokens)
+    return {"neuron_id": neuron, "language": language, "method": name, "simulator": simulator}
+
+
+_FREE: Row = {"prompt_tokens": 0, "completion_tokens": 0, "cost_usd": 0.0}
+
+
+def _spent(said: Simulated, row: Row) -> Row:
+    """What a simulation used, and its status unless it gave a prediction, whose status the row has."""
+    spent = {name: getattr(said, name) for name in _FREE}
+    return spent if said.predicted is not None else spent | {"status": said.status, "detail": said.detail}
+
+
+def _level(method: str) -> Level:
+    levels: dict[str, Level] = {"token": "token", "segment": "segment", "text": "text"}
+    return levels[method.partition("-")[0]]
+
+
+def _of_languages(recipe: Recipe, explanations: list[Row]) -> list[Row]:
+    """The explanations in the languages that are to be scored."""
+    wanted, there = recipe.score.languages, {row["language"] for row in explanations}
+    missing = [language for language in wanted if language not in there]
+    if missing and explanations:
+        raise InputError(
+            f"score.languages names {missing[0]}, but there are explanations in {', '.join(sorted(there))} only; "
+            "leave score.languages empty to score them all, or add it to explain.languages."
         )
-    return rows
+    return [row for row in explanations if not wanted or row["language"] in wanted]
 
 
-def _by_lexicon(
-    recipe: Recipe, explanations: list[Row], found: dict[str, Segments], lexicon: dict[str, list[int]]
-) -> list[Row]:
-    rows = []
-    for row in explanations:
-        segments, words = found[row["neuron_id"]], set(lexicon[row["neuron_id"]])
-        predicted = torch.tensor([float(any(id in words for id in ids)) for ids in segments.ids])
-        rows.append(
-            _row(recipe, row["neuron_id"], "lexical", f"{_N_LEXICAL} strongest tokens", segments, predicted, "ok")
-        )
-    return rows
-
-
-def _by_llm(recipe: Recipe, explanations: list[Row], found: dict[str, Segments], llm: Llm) -> list[Row]:
-    requests, owners = [], []
-    for row in explanations:
-        if row["status"] == "ok":
-            texts = found[row["neuron_id"]].texts
-            for start in range(0, len(texts), _SEGMENTS_PER_REQUEST):
-                requests.append(simulation_request(row["explanation"], texts[start : start + _SEGMENTS_PER_REQUEST]))
-                owners.append((row["neuron_id"], start))
-    with bar("score: simulate", len(requests), "call") as progress:
-        replies = dict(zip(owners, llm.ask(requests, progress=progress.update), strict=True))
-    rows = []
-    for row in explanations:
-        segments = found[row["neuron_id"]]
-        mine = {start: reply for (name, start), reply in replies.items() if name == row["neuron_id"]}
-        status, predicted = _predicted(mine, len(segments.texts)) if mine else (row["status"], None)
-        scored = _row(recipe, row["neuron_id"], "llm", llm.backend.name, segments, predicted, status)
-        scored["prompt_tokens"] = sum(reply.prompt_tokens for reply in mine.values())
-        scored["completion_tokens"] = sum(reply.completion_tokens for reply in mine.values())
-        costs = [reply.cost_usd for reply in mine.values()]
-        scored["cost_usd"] = None if any(cost is None for cost in costs) else sum(cost or 0.0 for cost in costs)
-        rows.append(scored)
-    return rows
-
-
-def _predicted(replies: dict[int, Reply], n: int) -> tuple[str, Tensor | None]:
-    """The simulated vector, or the status of the first reply that is not ok."""
-    predicted = torch.zeros(n)
-    for start, reply in replies.items():
-        if reply.status != "ok":
-            return reply.status, None
-        numbers = reply.value["active"]
-        if any(not 1 <= number <= min(_SEGMENTS_PER_REQUEST, n - start) for number in numbers):
-            return "unparsed", None
-        predicted[[start + number - 1 for number in numbers]] = 1.0
-    return "ok", predicted
-
-
-def _row(
-    recipe: Recipe, name: str, method: str, simulator: str, segments: Segments, predicted: Tensor | None, status: str
-) -> Row:
-    row: Row = {
-        "neuron_id": name,
-        "method": f"segment-{recipe.score.segment_tokens}/{method}",
-        "simulator": simulator,
-        "score": None,
-        "low": None,
-        "high": None,
-        "auroc": None,
-        "n_segments": len(segments.texts),
-        "n_active": int(segments.truth.sum()),
-        "status": status,
-        "prompt_tokens": 0,
-        "completion_tokens": 0,
-        "cost_usd": 0.0,
+def _confusion(active: Tensor, said: Tensor) -> Row:
+    return {
+        "true_positives": int((said & active).sum()),
+        "false_positives": int((said & ~active).sum()),
+        "false_negatives": int((~said & active).sum()),
+        "true_negatives": int((~said & ~active).sum()),
     }
-    if predicted is not None:
-        interval = pearson_interval(predicted, segments.truth, segments.text_of, seed=recipe.seed)
-        row |= {"score": interval.value, "low": interval.low, "high": interval.high}
-        row["auroc"] = auroc(predicted, segments.truth)
-        row["status"] = "ok" if interval.value is not None else "undefined"
-    return row
 
 
-def _encoder_name(recipe: Recipe) -> str:
-    return Path(recipe.explain.encoder).name
+def _why_undefined(truth: Tensor, level: Level) -> str:
+    if len(truth) < 2:
+        return f"there are fewer than two {level}s"
+    if bool((truth == truth[0]).all()):
+        return f"{'every' if truth[0] else 'no'} {level} is active"
+    return "the simulator said the same of all"
 
 
-_SCHEMA = pa.schema(
+SCORE_SCHEMA = pa.schema(
     [
         ("neuron_id", pa.string()),
+        ("language", pa.string()),
         ("method", pa.string()),
         ("simulator", pa.string()),
         ("score", pa.float64()),
         ("low", pa.float64()),
         ("high", pa.float64()),
         ("auroc", pa.float64()),
-        ("n_segments", pa.int32()),
+        ("n_units", pa.int32()),
         ("n_active", pa.int32()),
+        ("n_texts", pa.int32()),
+        ("true_positives", pa.int32()),
+        ("false_positives", pa.int32()),
+        ("false_negatives", pa.int32()),
+        ("true_negatives", pa.int32()),
         ("status", pa.string()),
+        ("detail", pa.string()),
         ("prompt_tokens", pa.int32()),
         ("completion_tokens", pa.int32()),
         ("cost_usd", pa.float64()),
