@@ -61,12 +61,14 @@ class LlmDouble:
         answer: Callable[[dict[str, Any]], str] = lambda body: f"said: {prompt_of(body)}",
         behave: Callable[[str, int], str] = lambda prompt, attempt: "text",
         formats: tuple[str, ...] = ("json_schema", "json_object"),
+        schema_beside: bool = False,
         unknown: tuple[str, ...] = (),
         echo_key: bool = False,
         usage: Callable[[dict[str, Any], str], tuple[int, int]] = lambda body, text: (PROMPT_TOKENS, COMPLETION_TOKENS),
         logprobs: Callable[[str], list[tuple[str, dict[str, float]]]] | None = None,
         retry_after_ms: int = 5,
     ):
+        self.schema_beside = schema_beside
         self.answer, self.behave, self.formats, self.unknown, self.echo_key = answer, behave, formats, unknown, echo_key
         self.usage, self.logprobs, self.retry_after_ms = usage, logprobs, retry_after_ms
         self.bodies: list[dict[str, Any]] = []
@@ -141,6 +143,8 @@ class LlmDouble:
         wanted = body.get("response_format", {}).get("type")
         if wanted is not None and wanted not in self.formats:
             return 400, _error(f"'response_format.type' {wanted} is not supported")
+        if wanted == "json_object" and "schema" in body["response_format"] and not self.schema_beside:
+            return 400, _error("Unknown parameter: 'response_format.schema'")
         for name in self.unknown:
             if name in body:
                 hint = " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""

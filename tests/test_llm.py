@@ -133,14 +133,24 @@ def test_a_server_says_how_long_to_wait() -> None:
 
 def test_structured_answers_fall_back_to_json_and_then_to_text_once_per_session() -> None:
     for formats, types in (
-        (("json_object",), ["json_schema", "json_object", "json_object"]),
-        ((), ["json_schema", "json_object", None, None]),
+        (("json_object",), ["json_schema", "json_object", "json_object", "json_object"]),
+        ((), ["json_schema", "json_object", "json_object", None, None]),
     ):
         with LlmDouble(answer=lambda body: f"```json\n{JSON}\n```", formats=formats) as double:
             llm = Llm(endpoint(double), None)
             assert [llm.ask([asked(prompt, schema=SCHEMA)])[0].value for prompt in "ab"] == [VALUE, VALUE]
         assert [body.get("response_format", {}).get("type") for body in double.bodies] == types
         assert '"additionalProperties": false' in prompt_of(double.bodies[-1])
+
+
+def test_a_schema_beside_json_object_is_used_where_the_server_takes_it() -> None:
+    with LlmDouble(answer=lambda body: JSON, formats=("json_object",), schema_beside=True) as double:
+        llm = Llm(endpoint(double), None)
+        assert [llm.ask([asked(prompt, schema=SCHEMA)])[0].value for prompt in "ab"] == [VALUE, VALUE]
+    formats = [body["response_format"] for body in double.bodies]
+    assert [each["type"] for each in formats] == ["json_schema", "json_object", "json_object"]
+    assert [each["schema"] for each in formats[1:]] == [SCHEMA, SCHEMA]
+    assert prompt_of(double.bodies[-1]) == "b"
 
 
 def test_many_calls_learn_the_fallback_at_once() -> None:

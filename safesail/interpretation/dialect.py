@@ -13,6 +13,7 @@ class Dialect(NamedTuple):
     """How an OpenAI-compatible server wants to be asked; it starts with the most that can be hoped for."""
 
     answer_format: str = "json_schema"
+    """json_schema; json_object with a schema beside it (llama.cpp), or with the schema in words; text likewise."""
     limit: str = "max_tokens"
     left_out: frozenset[str] = frozenset()
 
@@ -27,9 +28,13 @@ class Complaint(NamedTuple):
 
 
 _N_ALTERNATIVES = 10
-_WEAKER_FORMAT = {"json_schema": "json_object", "json_object": "text"}
+_WEAKER_FORMAT = {
+    "json_schema": "json_object_with_schema",
+    "json_object_with_schema": "json_object",
+    "json_object": "text",
+}
 _ABOUT_FORMAT = re.compile(
-    r"response_format|json_schema|json_object|json mode|structured|guided|grammar", re.IGNORECASE
+    r"response_format|json_schema|json_object|json mode|\bschema\b|structured|guided|grammar", re.IGNORECASE
 )
 _ABOUT_CONTENT = re.compile(
     r"content.?filter|content.?(?:management.?)?policy|moderation|flagged|data.?inspection|inappropriate content",
@@ -73,6 +78,8 @@ def chat_body(model: str, request: Request, dialect: Dialect) -> dict[str, Any]:
         if dialect.answer_format == "json_schema":
             asked = {"name": "answer", "schema": request.schema, "strict": True}
             options["response_format"] = {"type": "json_schema", "json_schema": asked}
+        elif dialect.answer_format == "json_object_with_schema":
+            options["response_format"] = {"type": "json_object", "schema": request.schema}
         else:
             schema = json.dumps(request.schema, ensure_ascii=False)
             messages[-1]["content"] += f"\n\nAnswer only with JSON that is valid against this JSON schema:\n{schema}"
