@@ -359,6 +359,7 @@ class Pipeline:
             runtime.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
             api_key_env=runtime.api_key_env,
             concurrency=runtime.concurrency,
+            timeout_seconds=runtime.timeout_seconds,
             usd_per_million_prompt_tokens=section.usd_per_million_prompt_tokens,
             usd_per_million_completion_tokens=section.usd_per_million_completion_tokens,
         )

@@ -333,6 +333,8 @@ class RuntimeSection(Section):
     """The endpoint's base URL; empty: the openai package's default or OPENAI_BASE_URL."""
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: Count = 8
+    timeout_seconds: float = Field(default=120, gt=0)
+    """How long an endpoint may take for one answer."""
     budget_usd: float | None = Field(default=None, ge=0)
     budget_tokens: Natural | None = None
     """A command stops before it spends more than this on language models; empty: no limit."""

@@ -154,7 +154,7 @@ def test_stale_stages_are_found_and_the_next_command_named(
         ('model.path="no/such/folder"', "no/such/folder does not exist"),
         ("corpus.n_tokens=9_000_000", "asks for 1,800,000"),
         ("train.batch_size=50_000", "do not fill one batch of 50,000"),
-        ('explain.backend="endpoint"', "explain.model is empty"),
+        ('explain.backend="endpoint"', "explain: backend is 'endpoint' but model is empty"),
     ],
 )
 def test_bad_settings_get_one_sentence(

@@ -3,58 +3,50 @@
 Reads the harvest, the selected SAEs and the candidates. Writes `statistics.parquet` (every latent of the selected
 SAEs), `examples.parquet` (contexts of the candidates, explain and score halves apart) and, per hook point,
 `codes-<hook point>.safetensors` (the candidates' activations by row, which the score stage reads again).
+
+The harvest is read once for each selected SAE. What fires waits on disk, in buckets by latent, and is sorted one bucket
+at a time, so memory grows with `runtime.collect_megabytes` and not with the texts.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safesail.errors import InputError
+from safesail.interpretation.buckets import BYTES_PER_ENTRY, Buckets, spill
+from safesail.interpretation.examples import EXAMPLE_SCHEMA, Examples
+from safesail.interpretation.firings import Firings, active_entries, load_codes, writing_codes
+from safesail.interpretation.peaks import Peak, peaks
 from safesail.lm.activations import Activations
-from safesail.lm.tokens import Span, spans
 from safesail.metrics import normaliser, quantiles_of_sparse
 from safesail.neurons import QUANTILES, neuron_id
 from safesail.progress import bar
-from safesail.recipe import CollectSection, Recipe, TokenPolicy
+from safesail.recipe import Recipe, TokenPolicy
 from safesail.run import StageWork
 from safesail.sae import model as sae_files
 from safesail.sae.model import Sae
-from safesail.training.step import generator
 
-__all__ = ["EXAMPLE_SCHEMA", "Firings", "Peak", "collect_stage", "context", "load_codes", "sparse_codes"]
+__all__ = [
+    "EXAMPLE_SCHEMA",
+    "Firings",
+    "Peak",
+    "collect_stage",
+    "latent_statistics",
+    "load_codes",
+    "peaks",
+    "sparse_codes",
+]
 
-
-class Firings(NamedTuple):
-    """All activations of a set of latents, grouped by latent in ascending order of activation."""
-
-    latents: Tensor
-    """(n,) the latent of each entry, ascending."""
-    values: Tensor
-    rows: Tensor
-
-    def of(self, latent: int) -> tuple[Tensor, Tensor]:
-        """The activations of one latent, ascending, and their rows."""
-        bounds = torch.tensor([latent, latent + 1], dtype=self.latents.dtype)
-        low, high = torch.searchsorted(self.latents, bounds).tolist()
-        return self.values[low:high], self.rows[low:high]
-
-
-class Peak(NamedTuple):
-    """The strongest activation of a latent in one piece of text."""
-
-    piece: int
-    row: int
-    value: float
-    level: int
-    """1 … 10, the tenth of the normaliser that the activation falls in; 10 also above it."""
-    stratum: str
-    """`top`, or `level-3` for an example drawn from that level."""
+_MEGABYTE = 1 << 20
+Row = dict[str, Any]
 
 
 def collect_stage(
@@ -67,181 +59,111 @@ def collect_stage(
     work: StageWork,
 ) -> None:
     """Statistics of every latent and examples of every candidate, for the selected SAE of each hook point."""
-    statistics, examples = [], []
+    statistics: list[Row] = []
+    examples: list[Row] = []
     total = activations.n_tokens * len(selection["selected"])
     with bar("collect", total, "token") as progress:
         for hook_point, sae_id in selection["selected"].items():
             sae = sae_files.read(trained / sae_id)
-            firings = sparse_codes(sae, activations, recipe.tokens, progress.update)
-            n_tokens = int(activations.counted(hook_point, recipe.tokens).sum())
-            table = latent_statistics(firings, n_tokens, sae.config.d_sae, hook_point)
-            statistics += table
-            chosen = sorted(
-                {row["latent"] for rows in candidates[hook_point].values() for row in rows if row["explain"]}
-            )
-            for latent in chosen:
-                q = table[latent]["normaliser"]
-                examples += _examples(recipe, activations, firings, hook_point, latent, q, tokenizer)
-            _save_codes(work.folder / f"codes-{hook_point}.safetensors", firings, chosen)
+            counted = _counted(activations, hook_point, recipe.tokens)
+            with _emptied(work.folder / "buckets") as folder:
+                limit = recipe.runtime.collect_megabytes * _MEGABYTE // BYTES_PER_ENTRY
+                buckets = _buckets(sae, activations, counted, folder, limit, progress.update)
+                finder = Examples(recipe, activations, hook_point, counted, tokenizer)
+                chosen = _to_explain(candidates[hook_point])
+                rows, shown = _read_off(buckets, finder, chosen, int(counted.sum()), work.folder)
+            statistics += rows
+            examples += shown
     pq.write_table(pa.Table.from_pylist(statistics), work.folder / "statistics.parquet")
     pq.write_table(pa.Table.from_pylist(examples, schema=EXAMPLE_SCHEMA), work.folder / "examples.parquet")
     work.facts["n_examples"] = len(examples)
 
 
-@torch.inference_mode()
-def sparse_codes(sae: Sae, activations: Activations, policy: TokenPolicy, progress: Any = lambda n: None) -> Firings:
-    """Every non-zero activation of the SAE on the counted tokens of the harvest."""
-    keep = activations.counted(sae.config.hook_point, policy)
-    latents, values, rows = [], [], []
-    for start, block in activations.blocks(sae.config.hook_point):
-        codes = sae.encode_sparse(block)
-        tokens = codes.tokens()
-        active = (codes.values > 0) & keep[start : start + len(block)][tokens]
-        latents.append(codes.indices[active].int())
-        values.append(codes.values[active])
-        rows.append((tokens[active] + start).int())
-        progress(len(block))
-    latent, value, row = torch.cat(latents), torch.cat(values), torch.cat(rows)
-    order = value.argsort(stable=True)
-    order = order[latent[order].argsort(stable=True)]
-    return Firings(latent[order], value[order], row[order])
+def sparse_codes(sae: Sae, activations: Activations, policy: TokenPolicy) -> Firings:
+    """Every activation of the SAE above zero on the counted tokens of the harvest, all in memory."""
+    counted = activations.counted(sae.config.hook_point, policy)
+    with tempfile.TemporaryDirectory() as folder:
+        buckets = _buckets(sae, activations, counted, Path(folder), activations.n_tokens * sae.config.d_sae)
+        parts = [firings for _, firings in buckets.parts()]
+    return Firings(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def latent_statistics(firings: Firings, n_tokens: int, d_sae: int, hook_point: str) -> list[dict[str, Any]]:
-    """One row per latent: firing rate, exact quantiles over all tokens, and the normaliser."""
-    table = []
-    for latent in range(d_sae):
-        values, _ = firings.of(latent)
-        quantiles = (
-            quantiles_of_sparse(values, n_tokens, tuple(QUANTILES.values())) if len(values) else [0.0] * len(QUANTILES)
+def latent_statistics(firings: Firings, latents: range, n_tokens: int, hook_point: str) -> list[Row]:
+    """One row for each of the latents: firing rate, exact quantiles over all counted tokens, and the normaliser."""
+    return [_statistics(firings.of(latent)[0], n_tokens, hook_point, latent) for latent in latents]
+
+
+def _statistics(values: Tensor, n_tokens: int, hook_point: str, latent: int) -> Row:
+    quantiles = quantiles_of_sparse(values, n_tokens, tuple(QUANTILES.values()))
+    by_name = dict(zip(QUANTILES, quantiles, strict=True))
+    median = float(values[(len(values) - 1) // 2]) if len(values) else 0.0
+    return {
+        "neuron_id": neuron_id(hook_point, latent),
+        "hook_point": hook_point,
+        "latent": latent,
+        "n_tokens": n_tokens,
+        "firing_rate": len(values) / n_tokens,
+        **by_name,
+        "max": float(values[-1]) if len(values) else 0.0,
+        "median_active": median,
+        "normaliser": float(normaliser(torch.tensor(by_name["p999"]), torch.tensor(median))),
+    }
+
+
+def _buckets(
+    sae: Sae,
+    activations: Activations,
+    counted: Tensor,
+    folder: Path,
+    max_entries: int,
+    progress: Callable[[int], object] = lambda n: None,
+) -> Buckets:
+    """The one pass over the harvest."""
+    entries = active_entries(sae, activations, counted, progress)
+    return spill(entries, sae.config.d_sae, activations.n_tokens, folder, max_entries)
+
+
+def _read_off(
+    buckets: Buckets, finder: Examples, chosen: list[int], n_tokens: int, folder: Path
+) -> tuple[list[Row], list[Row]]:
+    """The statistics of all latents and the examples of the chosen ones, whose activations go into their file."""
+    statistics: list[Row] = []
+    examples: list[Row] = []
+    n_codes = int(buckets.counts[chosen].sum())
+    with writing_codes(folder, finder.hook_point, n_codes) as append:
+        for latents, firings in buckets.parts():
+            table = latent_statistics(firings, latents, n_tokens, finder.hook_point)
+            statistics += table
+            for latent in (name for name in chosen if name in latents):
+                values, rows = firings.of(latent)
+                append(Firings(torch.full_like(rows, latent), values, rows))
+                if len(rows):
+                    examples += finder.of(latent, values, rows, table[latent - latents.start]["normaliser"])
+    return statistics, examples
+
+
+def _counted(activations: Activations, hook_point: str, policy: TokenPolicy) -> Tensor:
+    """Which rows count at a hook point, bool (n_tokens,); InputError where none does."""
+    counted = activations.counted(hook_point, policy)
+    if not counted.any():
+        raise InputError(
+            f"no token counts at {hook_point} under the token policy; loosen [tokens] in the recipe or add texts."
         )
-        by_name = dict(zip(QUANTILES, quantiles, strict=True))
-        median = float(values[(len(values) - 1) // 2]) if len(values) else 0.0
-        table.append(
-            {
-                "neuron_id": neuron_id(hook_point, latent),
-                "hook_point": hook_point,
-                "latent": latent,
-                "n_tokens": n_tokens,
-                "firing_rate": len(values) / n_tokens,
-                **by_name,
-                "max": float(values[-1]) if len(values) else 0.0,
-                "median_active": median,
-                "normaliser": float(normaliser(torch.tensor(by_name["p999"]), torch.tensor(median))),
-            }
-        )
-    return table
+    return counted
 
 
-def load_codes(folder: Path, hook_point: str) -> Firings:
-    """The candidates' activations that `collect` kept for the score stage."""
-    tensors = load_file(folder / f"codes-{hook_point}.safetensors")
-    return Firings(tensors["latents"], tensors["values"], tensors["rows"])
+def _to_explain(domains: dict[str, list[Row]]) -> list[int]:
+    """The latents of a hook point that go on to be explained, ascending."""
+    return sorted({row["latent"] for rows in domains.values() for row in rows if row["explain"]})
 
 
-def peaks(firings: Firings, activations: Activations, latent: int, q: float) -> list[Peak]:
-    """The strongest activation of a latent in every piece where it fires, strongest first."""
-    values, rows = firings.of(latent)
-    best: dict[int, tuple[float, int]] = {}
-    for value, row in zip(values.tolist(), rows.tolist(), strict=True):  # ascending: the last one per piece wins
-        best[int(activations.piece_of_row[row])] = (value, row)
-    ordered = sorted(best.items(), key=lambda item: (-item[1][0], item[0]))
-    return [Peak(piece, row, value, min(int(10 * value / q) + 1, 10), "top") for piece, (value, row) in ordered]
-
-
-def choose_peaks(
-    found: list[Peak], activations: Activations, half: str, section: CollectSection, seed: Any
-) -> list[Peak]:
-    """The strongest peaks of one half, then some from each level: one per document and never the same text twice."""
-    ours = [peak for peak in found if activations.half[peak.piece] == half]
-    chosen, seen = [], set()
-
-    def take(peak: Peak, stratum: str) -> bool:
-        keys = {activations.documents[peak.piece], tuple(activations.piece_ids[peak.piece])}
-        if keys & seen:
-            return False
-        seen.update(keys)
-        chosen.append(peak._replace(stratum=stratum))
-        return True
-
-    for peak in ours:
-        if len(chosen) < section.n_top:
-            take(peak, "top")
-    by_level: dict[int, list[Peak]] = defaultdict(list)
-    for peak in ours:
-        by_level[peak.level].append(peak)
-    for level in range(10, 0, -1):
-        order = torch.randperm(len(by_level[level]), generator=generator(*seed, half, level)).tolist()
-        wanted = section.n_per_level
-        for i in order:
-            if wanted and take(by_level[level][i], f"level-{level}"):
-                wanted -= 1
-    return chosen
-
-
-def context(
-    activations: Activations, tokenizer: Any, firing: dict[int, float], peak: Peak, before: int, after: int
-) -> tuple[list[Span], list[float]]:
-    """The readable units around a peak and the strongest activation in each. firing: {row: activation}."""
-    ids = activations.piece_ids[peak.piece]
-    first = int(activations.row_start[peak.piece])
-    low = max(peak.row - first - before, 0)
-    high = min(peak.row - first + after + 1, len(ids))
-    units = spans(tokenizer, ids[low:high])
-    strengths = [
-        max((firing.get(first + low + i, 0.0) for i in range(unit.start, unit.end)), default=0.0) for unit in units
-    ]
-    return units, strengths
-
-
-EXAMPLE_SCHEMA = pa.schema(
-    [
-        ("neuron_id", pa.string()),
-        ("half", pa.string()),
-        ("rank", pa.int32()),
-        ("stratum", pa.string()),
-        ("level", pa.int32()),
-        ("activation", pa.float32()),
-        ("text", pa.string()),
-        ("tokens", pa.list_(pa.string())),
-        ("activations", pa.list_(pa.float32())),
-        ("source", pa.string()),
-        ("document", pa.string()),
-        ("piece", pa.int32()),
-        ("peak", pa.int32()),
-    ]
-)
-
-
-def _examples(
-    recipe: Recipe, activations: Activations, firings: Firings, hook_point: str, latent: int, q: float, tokenizer: Any
-) -> Iterator[dict[str, Any]]:
-    values, rows = firings.of(latent)
-    firing = dict(zip(rows.tolist(), values.tolist(), strict=True))
-    found = peaks(firings, activations, latent, q)
-    section, name = recipe.collect, neuron_id(hook_point, latent)
-    for half in ("explain", "score"):
-        chosen = choose_peaks(found, activations, half, section, (recipe.seed, "examples", name))
-        for rank, peak in enumerate(chosen):
-            units, strengths = context(activations, tokenizer, firing, peak, section.before, section.after)
-            yield {
-                "neuron_id": name,
-                "half": half,
-                "rank": rank,
-                "stratum": peak.stratum,
-                "level": peak.level,
-                "activation": peak.value,
-                "text": "".join(unit.text for unit in units),
-                "tokens": [unit.text for unit in units],
-                "activations": strengths,
-                "source": activations.sources[peak.piece],
-                "document": activations.documents[peak.piece],
-                "piece": peak.piece,
-                "peak": strengths.index(max(strengths)),
-            }
-
-
-def _save_codes(path: Path, firings: Firings, chosen: list[int]) -> None:
-    keep = torch.isin(firings.latents, torch.tensor(chosen, dtype=firings.latents.dtype))
-    tensors = {"latents": firings.latents[keep], "values": firings.values[keep], "rows": firings.rows[keep]}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+@contextlib.contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """An empty folder for the time of the block; what a killed attempt left in it goes first."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)

@@ -1,5 +1,6 @@
 """Tokens: which count, whose turn of a conversation they are, and the exact bytes and text they stand for."""
 
+import functools
 import bisect
 import itertools
 from typing import Any, NamedTuple
@@ -170,6 +171,7 @@ def _is_byte_level(tokenizer: Any) -> bool:
     return backend is not None and "ByteLevel" in repr(backend.decoder) + repr(backend.pre_tokenizer)
 
 
+@functools.cache
 def _byte_of_character() -> dict[str, int]:
     """The inverse of the GPT-2 table that gives every byte a printable character."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
