@@ -1,7 +1,7 @@
 """Tokens: which count, whose turn of a conversation they are, and the exact bytes and text they stand for."""
 
-import functools
 import bisect
+import functools
 import itertools
 from typing import Any, NamedTuple
 
