@@ -215,7 +215,7 @@ def test_the_batchs_threshold_is_exact_over_all_ranks():
 
 def test_shares_that_would_not_be_equal_name_a_batch_size_that_is(one_hook_point: Path, tmp_path: Path):
     with pytest.raises(
-        InputError, match=r"train\.batch_size = 100 does not divide into 3 equal shares .* a multiple of 12\."
+        InputError, match=r"train\.batch_size = 100 does not divide into 3 equal shares .* a multiple of 24\."
     ):
         train(shared(batch_size=100), one_hook_point, tmp_path, Ranks(1, 3))
 

@@ -44,7 +44,7 @@ STOPS = [  # the stage, the function, at which call, by which signal
     ("train", "safesail.training.step", "SaeTrainer.step", 100, signal.SIGKILL),
     ("train", "safesail.training.step", "SaeTrainer.step", 250, signal.SIGINT),
     ("eval", "safesail.training.fidelity", "cross_entropy", 4, signal.SIGKILL),
-    ("select", "safesail.training.selection", "_maxima", 3, signal.SIGKILL),
+    ("select", "safesail.training.selection", "contrast", 3, signal.SIGKILL),
     ("collect", "safesail.interpretation.collect", "latent_statistics", 2, signal.SIGKILL),
     ("explain", "safesail.pipeline", "complete", 2, signal.SIGKILL),
     ("score", "safesail.interpretation.score", "pearson_interval", 12, signal.SIGKILL),
