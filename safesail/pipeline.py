@@ -19,7 +19,7 @@ from safesail.errors import InputError
 from safesail.interpretation import explain, score
 from safesail.interpretation.budget import Budget
 from safesail.interpretation.collect import collect_stage
-from safesail.interpretation.estimate import Estimate, estimate
+from safesail.interpretation.estimate import Estimate, estimate, estimate_lines
 from safesail.interpretation.llm import EndpointBackend, Llm, LocalBackend
 from safesail.interpretation.prompts import prompts_fingerprint
 from safesail.interpretation.simulate import expected_completion
@@ -104,9 +104,8 @@ class Pipeline:
         """Find out now, not an hour later, that a key or a model's name is missing for a stage that will need it."""
         ahead = list(STAGES)[: list(STAGES).index(until) + 1]
         waiting = [name for name in ahead if self.run.state(name) != "done"]
-        for name, section in (("explain", self.recipe.explain), ("score", self.recipe.score)):
-            if name in waiting and section.backend == "endpoint" and self._asks(name):
-                self._llm(section)
+        for name in filter(self._pays, waiting):
+            self._llm(self.recipe.explain if name == "explain" else self.recipe.score)
 
     def _make(self, name: str) -> None:
         started = time.monotonic()
@@ -114,6 +113,7 @@ class Pipeline:
             self.say(f"{name:8} {_and(changed)} changed since it was made; making it anew")
         if self.ranks.first and "harvest" in STAGES[name].after:
             _ = self._activations  # checked, and mended where damaged, before another rank reads it
+        self._say_cost(name)
         with self.run.stage(name) as work:
             getattr(self, f"_{name}")(work)
         self.say(
@@ -289,7 +289,7 @@ class Pipeline:
         InputError when the stage asks none, or what it reads is not made yet.
         """
         if not self._asks(name):
-            raise InputError(f"{name} asks no language model with this recipe, so it costs nothing.")
+            raise InputError(f"{name} asks no language model with this recipe, so it costs nothing")
         missing = next((stage for stage in STAGES[name].after if self.run.state(stage) != "done"), None)
         if missing:
             raise InputError(
@@ -318,9 +318,22 @@ class Pipeline:
         )
         return estimate(self._llm(section), requests, count, expected_completion)
 
+    def _say_cost(self, name: str) -> None:
+        """Show what a stage that pays for its answers will cost, before it does."""
+        if self._pays(name):
+            for line in estimate_lines(name, self.estimate(name)):
+                self.say(line)
+
     def _asks(self, name: str) -> bool:
         """Whether a stage asks a language model."""
-        return name == "explain" or any(method.endswith("-llm") for method in self.recipe.score.methods)
+        if name == "score":
+            return any(method.endswith("-llm") for method in self.recipe.score.methods)
+        return name == "explain"
+
+    def _pays(self, name: str) -> bool:
+        """Whether a stage asks an endpoint."""
+        section = {"explain": self.recipe.explain, "score": self.recipe.score}.get(name)
+        return section is not None and section.backend == "endpoint" and self._asks(name)
 
     def _llm(self, section: AskedSection) -> Llm:
         cache = self.run.scratch / "llm.sqlite"
