@@ -1,6 +1,7 @@
 """What segment-level simulation costs beside token-level simulation, and whether their scores agree.
 
     python scripts/bench_simulation.py runs/demo --json bench-results/simulation.json
+    python scripts/bench_simulation.py runs/demo --local demo-assets/models/SmolLM2-135M-Instruct
     python scripts/bench_simulation.py runs/demo --base-url http://127.0.0.1:8080/v1 --model NAME --cache answers.sqlite
 
 The same neurons of a finished run are simulated three times over HTTP: token by token, segment by segment, and segment
@@ -12,7 +13,7 @@ Without --base-url the answers are simulated and only the requests are real: an 
 neurons do, and replaces a share of the units, different for every neuron, by others of the same neuron. Tokens are then
 counted with the subject model's tokenizer, those of the messages and of the answers. The expected score is one less
 that share at either level, so what the two scores' correlation shows is the scoring's own noise, and not how a language
-model would do.
+model would do. With --local a second table shows that of a real one: a model of this machine, whose logits are read.
 """
 
 import argparse
@@ -34,13 +35,15 @@ from torch import Tensor
 from safesail.errors import InputError
 from safesail.interpretation.collect import load_codes
 from safesail.interpretation.excerpts import Excerpt, Level, Pieces, group_excerpts, units_of
-from safesail.interpretation.llm import EndpointBackend, Llm
+from safesail.interpretation.llm import EndpointBackend, Llm, LocalBackend
 from safesail.interpretation.prompts import inert
 from safesail.interpretation.simulate import Job, Simulated, simulate, simulation_requests
 from safesail.lm.activations import Activations
-from safesail.lm.load import load_tokenizer
+from safesail.lm.judge import judge
+from safesail.lm.load import causal_lm, load_tokenizer
 from safesail.metrics import Interval, pearson, pearson_interval
 from safesail.neurons import parse_neuron_id
+from safesail.progress import bar
 from safesail.recipe import Recipe, ScoreSection
 from safesail.run import Run
 
@@ -283,7 +286,7 @@ def records_of(cases: list[Case], simulated: list[list[Simulated]], output_price
             "table": "simulation",
             "case": what,
             "name": case.name,
-            "n_requests": len(set(map(repr, simulation_requests(case.jobs, case.level, case.section, False)))),
+            "n_requests": len(set(map(repr, simulation_requests(case.jobs, case.level, case.section, is_local(case))))),
             "n_units": sum(len(job.units.texts) for job in case.jobs),
             "prompt_tokens": sum(s.prompt_tokens for s in said),
             "completion_tokens": sum(s.completion_tokens for s in said),
@@ -298,6 +301,10 @@ def records_of(cases: list[Case], simulated: list[list[Simulated]], output_price
         }
         for case, said, cost, of_case in zip(cases, simulated, costs, scores, strict=True)
     ]
+
+
+def is_local(case: Case) -> bool:
+    return case.section.backend == "local"
 
 
 def score(job: Job, said: Simulated) -> float | None:
@@ -360,7 +367,38 @@ def measure(arguments: argparse.Namespace) -> list[Record]:
     )
     with SimulatedEndpoint(Book(made), release.tokenizer) as endpoint:
         simulated = ask(made, endpoint.base_url, arguments)
-    return records_of(made, simulated, arguments.output_price, f"{what}, simulated answers")
+    records = records_of(made, simulated, arguments.output_price, f"{what}, simulated answers")
+    if arguments.local:
+        judged = [of_local(case) for case in made if case.section.neurons_per_request == 1]
+        name = f"{len(rows)} neurons of {release.recipe.name}, logits of {Path(arguments.local).name}"
+        records += records_of(judged, by_logits(judged, arguments.local), arguments.output_price, name)
+    return records
+
+
+def of_local(case: Case) -> Case:
+    """The same jobs for a model of this machine, which has no limit of cost to keep to."""
+    return case._replace(section=case.section.model_copy(update={"backend": "local"}), cost_limit=None)
+
+
+def by_logits(cases: list[Case], path: str) -> list[list[Simulated]]:
+    """The simulations of each case by a model of this machine."""
+    model, tokenizer = causal_lm(path), load_tokenizer(path)
+    llm = Llm(
+        LocalBackend(
+            lambda *_: [],  # it is never asked to write
+            f"local:{Path(path).name}",
+            identity={},
+            batch_size=1,
+            judge=lambda prompts, choices: judge(model, tokenizer, prompts, choices),
+        ),
+        None,
+    )
+    found = []
+    for case in cases:
+        n_requests = len(simulation_requests(case.jobs, case.level, case.section, True))
+        with bar(case.name, n_requests, "prompt") as progress:
+            found.append(simulate(case.jobs, case.level, case.section, llm, progress.update))
+    return found
 
 
 def ask(cases: list[Case], base_url: str, arguments: argparse.Namespace) -> list[list[Simulated]]:
@@ -384,6 +422,7 @@ def main() -> int:
     parser.add_argument("--output-price", type=float, default=4, help="price of an output token in input tokens (4)")
     parser.add_argument("--model", help="ask this model of the server at --base-url instead of simulating answers")
     parser.add_argument("--base-url", help="an OpenAI-compatible server, such as http://127.0.0.1:8080/v1")
+    parser.add_argument("--local", metavar="MODEL", help="score with the logits of this transformers folder as well")
     parser.add_argument("--api-key-env", default="OPENAI_API_KEY", help="the environment variable with its key")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="keep the server's answers in this sqlite file")
     parser.add_argument("--concurrency", type=int, default=8, help="calls at a time (8)")

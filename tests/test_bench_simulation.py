@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,22 @@ def test_a_run_is_measured_and_the_json_holds_what_is_printed(finished: Path, tm
     assert shared["n_requests"] == 3 * 7  # about 405 segments, for three groups
     assert segment["cost_share"] <= segment["cost_limit"] == 0.45
     assert shared["cost_share"] <= shared["cost_limit"] == 0.25
+
+
+def test_a_model_of_this_machine_adds_a_table_of_its_own(finished: Path, tiny_model: Path, tmp_path: Path):
+    file, model = tmp_path / "simulation.json", tmp_path / "tiny-llama"
+    shutil.copytree(tiny_model, model)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 4096}))
+    options = ("--neurons", "2", "--threads", "1", "--local", str(model), "--json", str(file))
+    done = run(str(finished), *options)
+    assert done.returncode == 0, done.stderr
+    *_, token, segment = json.loads(file.read_text())["runs"][0]["records"]
+    assert token["case"] == segment["case"] == "2 neurons of demo, logits of tiny-llama"
+    assert [record["statuses"] for record in (token, segment)] == [{"ok": 2}] * 2
+    assert token["completion_tokens"] == segment["completion_tokens"] == 0
+    assert segment["cost_limit"] is None
+    assert segment["n_units"] * 5 == token["n_units"]
 
 
 def test_a_server_is_asked_and_its_own_counts_are_used(finished: Path, tmp_path: Path):
