@@ -195,10 +195,11 @@ class Prompt(NamedTuple):
 
 
 def taken_apart(prompt: str) -> Prompt:
-    found = re.fullmatch(r"(.*)\n<excerpts>\n(.*)\n</excerpts>\n\n<silent>\n(.*)\n</silent>\n(.*)", prompt, re.DOTALL)
+    blocks = r"<words>\n[^\n]*\n</words>\n\n<excerpts>\n(.*)\n</excerpts>\n\n<silent>\n(.*)\n</silent>"
+    found = re.fullmatch(rf"(.*)\n{blocks}\n(.*)", prompt, re.DOTALL)
     assert found, prompt
     tags = re.findall(r"<[^>]*>", prompt)
-    assert tags == ["<excerpts>", "</excerpts>", "<silent>", "</silent>"]
+    assert tags == ["<words>", "</words>", "<excerpts>", "</excerpts>", "<silent>", "</silent>"]
     return Prompt(found[1] + "\n" + found[4], found[2].splitlines(), found[3].splitlines())
 
 

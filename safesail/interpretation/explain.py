@@ -126,12 +126,13 @@ def completion_request(words: list[str]) -> Request:
 def chat_request(examples: list[Row], q: float, taxonomy: Taxonomy, section: ExplainSection) -> Request:
     """The instruction for an endpoint, about one neuron: passages marked by level, then silent ones, answered in JSON.
 
-    examples: the neuron's rows of EXAMPLE_SCHEMA; q: its normaliser. Corpus text stands in the two blocks and nowhere
+    examples: the neuron's rows of EXAMPLE_SCHEMA; q: its normaliser. Corpus text stands in the three blocks and nowhere
     else; what comes before them is the same for all neurons, which servers that cache prefixes charge less for.
     """
     text = prompt("explain_chat").format(
         languages="\n".join(f'- "{code}": {language_name(code)}' for code in section.languages),
         domains="\n".join(_domain_line(domain) for domain in taxonomy.domains),
+        words=", ".join(map(inert, strongest_words(examples, _N_WORDS))) or "(none)",
         excerpts=numbered(active_examples(examples, section.n_examples), q),
         silent=numbered(silent_examples(examples, section.n_near_misses), q),
         form=json.dumps(_form(section.languages), ensure_ascii=False),
