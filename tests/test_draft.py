@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from llm_double import LlmDouble, prompt_of
 
+from safesail.cli import main
 from safesail.errors import InputError
 from safesail.interpretation.draft import draft_file, draft_request, draft_twins
 from safesail.interpretation.llm import EndpointBackend, Llm
@@ -253,3 +255,31 @@ def test_a_refused_key_stops_and_what_was_answered_is_not_paid_again(tmp_path: P
     with writing(TWINS) as double:
         assert draft_file(source, destination, ask(double, llm_cache), TAXONOMY) == []
         assert [concept_of(prompt_of(body)) for body in double.bodies] == ["cult"]
+
+
+def safesail(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["safesail", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def test_the_command_writes_good_twins_names_the_others_and_asks_nothing_twice(tmp_path: Path, monkeypatch, capsys):
+    source, out = write(tmp_path / "half.jsonl", half("gun"), half("cult")), tmp_path / "mine.jsonl"
+    twins = TWINS | {"cult": "The cult met on Friday above the shop."}
+    with writing(twins) as double:
+        options = ("--out", str(out), "--model", "double", "--base-url", double.base_url)
+        assert [safesail(monkeypatch, "pairs", "draft", str(source), *options) for _ in range(2)] == [1, 1]
+        assert double.n_requests == 2
+    said = capsys.readouterr().out.splitlines()
+    assert said[: len(said) // 2] == said[len(said) // 2 :]
+    assert said[0].startswith("line 2: unfit: ")
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [full("gun")]
+
+
+def test_pairs_check_takes_shipped_names_and_files_and_says_which_is_wrong(tmp_path: Path, monkeypatch, capsys):
+    assert safesail(monkeypatch, "pairs", "check", "en", "zh", "hi") == 0
+    assert capsys.readouterr().out == "en, zh, hi: no problem found\n"
+    wrong = write(tmp_path / "wrong.jsonl", full("gun") | {"without": "A gun is in the drawer beside his bed."})
+    assert safesail(monkeypatch, "pairs", "check", "zh", str(wrong)) == 1
+    assert f"{wrong}, line 1: field `without`: 'gun' is a word of the concept" in capsys.readouterr().out
