@@ -57,8 +57,9 @@ def _saes_front(facts: dict[str, Any]) -> str:
 def _dataset_front(facts: dict[str, Any], configs: list[Row], pretty: str, **extra: Any) -> str:
     from huggingface_hub import DatasetCardData
 
+    languages = extra.pop("languages", facts["recipe"].publish.languages)
     return DatasetCardData(
-        language=list(facts["recipe"].publish.languages),
+        language=list(languages),
         **{"license": facts["recipe"].publish.licence, **extra},
         pretty_name=pretty,
         tags=["sparse-autoencoder", "interpretability", "safety"],
@@ -72,7 +73,8 @@ def _neurons_front(facts: dict[str, Any]) -> str:
     files["explanations"] = by_language
     configs: list[Row] = [{"config_name": name, "data_files": files[name]} for name in CONFIGS]
     configs[0]["default"] = True
-    return _dataset_front(facts, configs, f"{facts['title']}: neurons")
+    languages = dict.fromkeys((*facts["recipe"].publish.languages, *facts["languages"]))
+    return _dataset_front(facts, configs, f"{facts['title']}: neurons", languages=languages)
 
 
 def _examples_front(facts: dict[str, Any]) -> str:
