@@ -171,7 +171,7 @@ def mini_settings(texts: Path, tiny_model: Path, tiny_encoder: Path) -> list[str
         "train.aux_k": "16",
         "eval.n_ce_tokens": "600",
         "select.fdr": "0.9",
-        "select.max_latents_per_domain": "4",
+        "select.max_latents_per_domain": "8",
         "explain.encoder": f'"{tiny_encoder}"',
         "score.n_active_texts": "6",
         "score.n_silent_texts": "6",
