@@ -3,6 +3,7 @@
 The SAE of these tests is the identity with a ReLU, so an activation of the harvest is the latent's.
 """
 
+import contextlib
 import itertools
 import json
 import resource
@@ -316,20 +317,21 @@ def test_what_a_killed_attempt_left_is_not_taken(crowd: Activations, tmp_path: P
     assert files_of(collected(tmp_path / "again", recipe_of(), crowd, tokenizer)) == whole
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file can grow beyond 5 kB, as on a disk that is full."""
+    """No file can grow beyond 5 kB, as on a disk that is full; pytest's own output neither, so it is for calls only."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_full_disk_is_said_in_a_sentence_and_leaves_nothing(tmp_path: Path):
-    with pytest.raises(InputError, match="free some space and run the same command"):
+    with small_files(), pytest.raises(InputError, match="free some space and run the same command"):
         spill(blocks_of(20, 1000, 300), 300, 20_000, tmp_path, 1000)
     assert list(tmp_path.iterdir()) == []
 
