@@ -284,7 +284,7 @@ def draft(
     from safesail.interpretation.llm import EndpointBackend, Llm
     from safesail.taxonomy import Taxonomy
 
-    backend = EndpointBackend(model, base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1")
+    backend = EndpointBackend(model, base_url)
     problems = draft_file(file, out, Llm(backend, out.with_name(f".{out.name}.answers.sqlite")), Taxonomy.load())
     if as_json:
         print(json.dumps({"file": str(out), "problems": problems}, ensure_ascii=False))

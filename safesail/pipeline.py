@@ -3,7 +3,6 @@
 harvest → train → eval → select → collect → explain → score → build
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -369,7 +368,7 @@ class Pipeline:
         runtime = self.recipe.runtime
         return EndpointBackend(
             section.model,
-            runtime.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
+            runtime.base_url,
             api_key_env=runtime.api_key_env,
             concurrency=runtime.concurrency,
             timeout_seconds=runtime.timeout_seconds,

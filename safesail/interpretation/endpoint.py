@@ -22,6 +22,8 @@ __all__ = ["EndpointBackend"]
 class EndpointBackend:
     """Answers by an OpenAI-compatible chat endpoint, `concurrency` calls at a time.
 
+    base_url: None for the variable OPENAI_BASE_URL or else OpenAI's own.
+
     Retries are the SDK's (429, 5xx, time-outs; Retry-After is honoured). What no other request could survive, such as a
     refused key, stops the whole work with InputError; the calls in flight end first, and their answers are handed out.
     """
@@ -29,7 +31,7 @@ class EndpointBackend:
     def __init__(
         self,
         model: str,
-        base_url: str,
+        base_url: str | None,
         api_key_env: str = "OPENAI_API_KEY",
         concurrency: int = 8,
         timeout_seconds: float = 120,
@@ -37,6 +39,7 @@ class EndpointBackend:
         usd_per_million_prompt_tokens: float | None = None,
         usd_per_million_completion_tokens: float | None = None,
     ):
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         address = urlsplit(base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise InputError(f"base_url {base_url!r} is no address; give one such as https://api.openai.com/v1")
