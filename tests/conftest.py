@@ -194,3 +194,17 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory, mini_command: list[str]) 
     folder = tmp_path_factory.mktemp("runs") / "mini"
     subprocess.run([*mini_command, "--out", str(folder)], check=True, cwd=REPOSITORY, timeout=600)
     return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of invented facts in two languages, with every kind of failure."""
+    from made_release import made_release
+
+    return made_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(params=["made", "demo_run"])
+def release(request: pytest.FixtureRequest) -> Path:
+    """The release of invented facts, and one that was made in truth."""
+    return request.getfixturevalue(request.param)

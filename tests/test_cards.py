@@ -543,17 +543,6 @@ def test_both_kinds_of_table_by_hand():
 # --- the cards of a run -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made_release(tmp_path_factory.mktemp("release"))
-
-
-@pytest.fixture(params=["made", "demo_run"])
-def release(request: pytest.FixtureRequest) -> Path:
-    """A release of invented facts with every kind of failure, and one that was made in truth."""
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(params=PARTS)
 def card(request: pytest.FixtureRequest, release: Path) -> str:
     return (release / request.param / "README.md").read_text(encoding="utf-8")

@@ -34,17 +34,6 @@ def database(demo_run: Path) -> NeuronDatabase:
     return NeuronDatabase.load(demo_run)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of invented facts in two languages, with every kind of failure."""
-    return made_release(tmp_path_factory.mktemp("release"))
-
-
-@pytest.fixture(params=["made", "demo_run"])
-def release(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(request.param)
-
-
 # --- ids ----------------------------------------------------------------------------------------------------------
 
 
