@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 from made_sweep import (
     EVERY_ARCHITECTURE,
+    Apart,
     Outcome,
     checkpoints,
     files_of,
@@ -35,6 +38,7 @@ from torch import Tensor
 from safesail import distributed
 from safesail.distributed import ALONE, Ranks
 from safesail.errors import InputError
+from safesail.files import write_tensors
 from safesail.recipe import Recipe
 from safesail.sae.config import SaeConfig
 from safesail.sae.sparse import largest
@@ -294,6 +298,26 @@ def test_hook_points_spread_over_ranks_give_the_bytes_of_one_process(
     assert [end.exit_code for end in ends] == [0] * size, ends
     assert all(end.value == facts for end in ends)
     assert files_of(tmp_path) == files
+
+
+def _come_and_go(path: Path, seconds: float) -> None:
+    """A checkpoint that another rank writes and removes, over and over."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        write_tensors(path, {"layers.1.mlp/topk|n_done": torch.tensor(3)})
+        path.unlink()
+
+
+def test_checkpoints_that_another_rank_removes_meanwhile_are_passed_over(tmp_path: Path):
+    path = tmp_path / "checkpoint-of-another-rank.safetensors"
+    looker = trainer._Checkpoint(tmp_path, [SimpleNamespace(config=SimpleNamespace(sae_id="a"))], 1.0)  # type: ignore[list-item]
+    other = Apart(_come_and_go, path, 2.0)
+    seen = []
+    while other.process.is_alive():
+        seen += looker._found()
+    assert other.outcome().exit_code == 0
+    assert seen
+    assert all(steps == {"layers.1.mlp/topk": 3} for _, steps in seen)
 
 
 def test_streamed_hook_points_spread_over_ranks_give_the_bytes_of_one_process(harvest: Path, tmp_path: Path):

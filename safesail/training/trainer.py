@@ -242,7 +242,8 @@ class _Checkpoint:
         """The checkpoints in the folder, and {sae_id: steps done} of the SAEs in each."""
         for path in self.folder.glob("checkpoint-*.safetensors"):
             with contextlib.suppress(FileNotFoundError):  # another rank has just removed one of its own
-                with safe_open(path, framework="pt") as handle:
+                # as numpy: for torch the file is opened a second time, when it may be gone
+                with safe_open(path, framework="numpy") as handle:
                     names = [key for key in handle.keys() if key.endswith("|n_done")]  # noqa: SIM118
                     steps = {name.partition("|")[0]: int(handle.get_tensor(name)) for name in names}
                 yield path, steps
