@@ -310,11 +310,15 @@ class ScoreSection(AskedSection):
 class PublishSection(Section):
     """What the cards say about the release as a whole."""
 
-    organization: str = ""
+    organization: Annotated[str, Field(pattern=r"^([A-Za-z0-9](-?[A-Za-z0-9])*)?$", max_length=42)] = ""
+    """The Hub user or organization that the repositories belong to; empty: the release cannot be published yet."""
     title: str = ""
     licence: str = "apache-2.0"
     languages: tuple[str, ...] = ("en",)
-    version: str = "1.0.0"
+    version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([.-][0-9A-Za-z.-]+)?$")] = "1.0.0"
+    """The version of the release: the tag `v<version>` on every repository."""
+    gate: Literal["auto", "manual"] = "manual"
+    """How the Hub gives access to the examples: to everybody who consents, or to those the owner lets in."""
 
 
 class RuntimeSection(Section):

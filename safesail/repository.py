@@ -4,7 +4,9 @@ Every reader of this package (`Sae.from_pretrained`, `NeuronDatabase.load`, `Ins
 `Repository` for files by name and never learns which of the two it was.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -45,6 +47,13 @@ class Repository:
             return folder / name
         return self._download(name)
 
+    def names(self) -> list[str]:
+        """The names of all files, sorted; of a Hub repository without downloading any of them."""
+        folder = self.folder
+        if folder is None:
+            return self._names_on_the_hub()
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
     def json(self, name: str) -> Any:
         """The decoded content of the JSON file `name`."""
         path = self.file(name)
@@ -57,20 +66,20 @@ class Repository:
         """The rows of the parquet file `name`."""
         return read_table(self.file(name))
 
+    def _names_on_the_hub(self) -> list[str]:
+        from huggingface_hub import HfApi
+
+        with self._in_words("its list of files"):
+            return sorted(
+                HfApi(library_name="safesail").list_repo_files(
+                    self.source, repo_type=self.repo_type, revision=self.revision, token=self.token
+                )
+            )
+
     def _download(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
 
-        where = f"{self.source}" + (f" at revision {self.revision}" if self.revision else "")
-        try:
+        with self._in_words(name):
             return Path(
                 hf_hub_download(
                     self.source,
@@ -84,6 +93,23 @@ class Repository:
                     library_name="safesail",
                 )
             )
+
+    @contextlib.contextmanager
+    def _in_words(self, name: str) -> Iterator[None]:
+        """What the Hub refuses, as one sentence that ends with what to do."""
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        where = f"{self.source}" + (f" at revision {self.revision}" if self.revision else "")
+        try:
+            yield
         except HFValidationError as error:
             raise InputError(f"{self.source!r} is neither an existing folder nor a Hub id like org/name.") from error
         except GatedRepoError as error:

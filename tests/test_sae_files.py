@@ -424,7 +424,7 @@ def test_a_jumprelu_without_a_threshold_is_refused(tmp_path: Path):
         ({"architecture": "gated"}, "architecture 'gated' is unknown; known: standard, topk, jumprelu"),
         ({"d_in": None}, "lacks the key 'd_in'"),
         ({"k": None}, "lacks the key 'k'"),
-        ({"normalize_activations": "layer_norm"}, "'normalize_activations': 'layer_norm'"),
+        ({"normalize_activations": "covariance_whitening"}, "'none', 'layer_norm' or 'constant_norm_rescale'"),
         ({"apply_b_dec_to_input": False}, "'apply_b_dec_to_input': False"),
         ({"rescale_acts_by_decoder_norm": True}, "'rescale_acts_by_decoder_norm': True"),
         ({"metadata": {"hook_point": MLP, "token_policy": {"exclude_spezial": True}}}, "Extra inputs"),

@@ -289,7 +289,9 @@ class Inspector:
             keep[name] = counted(config.token_policy, tensor, x.norm(dim=-1), self._specials, config.median_norm, whose)
             active = sae.encode_sparse(x.to(sae.W_enc.device))
             codes[name] = active.to("cpu")
-            error[name] = (x - sae.decode_sparse(active).cpu()).norm(dim=-1) / x.norm(dim=-1)
+            error[name] = (x - sae.decode_sparse(active, like=x.to(sae.W_enc.device)).cpu()).norm(dim=-1) / x.norm(
+                dim=-1
+            )
         units = spans(self.tokenizer, ids)
         n_prompt = len(ids) if n_prompt is None else n_prompt
         left_out = self._left_out_roles(roles or [0] * len(ids))

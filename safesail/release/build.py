@@ -17,6 +17,7 @@ from safesail.metrics import DEFINITIONS
 from safesail.release.cards import write_cards
 from safesail.release.curve import curve_svg
 from safesail.release.facts import Facts, flat_fidelity
+from safesail.release.manifest import write_manifest
 from safesail.release.tables import neuron_rows, write_neurons, write_table
 from safesail.run import PARTS, Run, StageWork, write_json
 from safesail.sae import model as sae_files
@@ -55,6 +56,11 @@ def build_stage(run: Run, taxonomy: Taxonomy, work: StageWork) -> None:
     _examples(facts, work.folder / "examples")
     _inspector(work.folder / "inspector")
     write_cards(run.recipe, facts, rows, taxonomy, work.folder)
+    publish = run.recipe.publish
+    for part in PARTS:
+        gated = publish.gate if part == "examples" else None
+        title = publish.title or run.recipe.name
+        write_manifest(work.folder / part, part, run.recipe.name, publish.organization, title, publish.version, gated)
     for part in PARTS:
         shutil.rmtree(run.part(part), ignore_errors=True)
         (work.folder / part).rename(run.part(part))

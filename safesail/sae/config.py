@@ -1,11 +1,11 @@
 """What an SAE is: its shape, where it reads, and which tokens it was trained on. Stored as `cfg.json`."""
 
-import re
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from safesail.errors import InputError
+from safesail.hook_names import transformer_lens_name
 from safesail.recipe import Architecture, Section, TokenPolicy
 
 __all__ = ["SaeConfig"]
@@ -24,7 +24,6 @@ _SAELENS_ARCHITECTURE = {
 _SAELENS = {
     "device": "cpu",
     "apply_b_dec_to_input": True,
-    "normalize_activations": "none",
     "reshape_activations": "none",
 }
 _SAELENS_TOPK = {"rescale_acts_by_decoder_norm": False}
@@ -41,6 +40,8 @@ class SaeConfig(Section):
     """Active latents per token: exactly (topk) or on average in training (batchtopk, matryoshka)."""
     coefficient: float | None = None
     """What the sparsity penalty of relu (L1) or jumprelu (L0) was multiplied with in training."""
+    normalize_activations: Literal["none", "layer_norm", "constant_norm_rescale"] = "none"
+    """What is done to every token before the SAE and undone after it, in SAELens' words (see `sae.norm`)."""
     dtype: str = "float32"
     model_name: str = ""
     token_policy: TokenPolicy = TokenPolicy()
@@ -83,6 +84,7 @@ class SaeConfig(Section):
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "dtype": self.dtype,
+            "normalize_activations": self.normalize_activations,
             **_SAELENS,
             **topk,
             "metadata": {
@@ -91,7 +93,7 @@ class SaeConfig(Section):
                 "k": self.k,
                 "coefficient": self.coefficient,
                 "model_name": self.model_name,
-                "hook_name": _transformer_lens_name(self.hook_point),
+                "hook_name": transformer_lens_name(self.hook_point),
                 "hf_hook_name": f"model.{self.hook_point}",
                 "hook_point": self.hook_point,
                 "token_policy": self.token_policy.model_dump(),
@@ -118,6 +120,7 @@ class SaeConfig(Section):
                 architecture=_architecture(data["architecture"], metadata.get("architecture"), origin),
                 k=data["k"] if data["architecture"] == "topk" else metadata.get("k"),
                 coefficient=metadata.get("coefficient"),
+                normalize_activations=data.get("normalize_activations") or "none",
                 dtype=data.get("dtype", "float32"),
                 hook_point=metadata.get("hook_point") or str(metadata.get("hf_hook_name", "")).removeprefix("model."),
                 model_name=metadata.get("model_name") or "",
@@ -136,12 +139,3 @@ def _architecture(saelens: str, ours: Architecture | None, origin: str) -> Archi
     if saelens not in known:
         raise InputError(f"{origin}: architecture {saelens!r} is unknown; known: {', '.join(known)}.")
     return ours if ours and _SAELENS_ARCHITECTURE.get(ours) == saelens else known[saelens]
-
-
-def _transformer_lens_name(hook_point: str) -> str:
-    """The TransformerLens name of a hook point where it has one, else the module path."""
-    found = re.fullmatch(r"layers\.(\d+)(?:\.(mlp|self_attn))?", hook_point)
-    if found is None:
-        return hook_point
-    kind = {None: "hook_resid_post", "mlp": "hook_mlp_out", "self_attn": "hook_attn_out"}[found[2]]
-    return f"blocks.{found[1]}.{kind}"

@@ -15,6 +15,7 @@ from safesail.files import write_tensors
 from safesail.repository import Repository
 from safesail.run import write_json
 from safesail.sae.config import SaeConfig
+from safesail.sae.norm import norm_of
 from safesail.sae.sparse import Codes, above, decode, topk
 
 __all__ = ["Sae"]
@@ -30,7 +31,8 @@ class Sae(nn.Module):
         x_hat = z W_dec + b_dec
 
     W_enc: (d_in, d_sae), b_enc: (d_sae,), W_dec: (d_sae, d_in) with rows of unit norm, b_dec: (d_in,).
-    x has any leading dimensions: x: (..., d_in), z: (..., d_sae). σ by architecture:
+    x has any leading dimensions: x: (..., d_in), z: (..., d_sae). Where `config.normalize_activations` says so, x is
+    each token's normalised activation, and x_hat is brought back to the token's scale (`sae.norm`). σ by architecture:
 
         topk         the k largest a_j of the token, negative ones set to zero   (Safe-SAIL's; Gao et al. 2024)
         relu         max(a_j, 0)                                                 (Bricken et al. 2023)
@@ -81,19 +83,30 @@ class Sae(nn.Module):
     def pre_activations(self, x: Tensor) -> Tensor:
         """a = (x - b_dec) W_enc + b_enc, flattened to (n_tokens, d_sae)."""
         flat = x.reshape(-1, self.config.d_in).to(self.W_enc.dtype)
+        flat = norm_of(flat, self.config.normalize_activations).apply(flat)
         return torch.addmm(self.b_enc, flat - self.b_dec, self.W_enc)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """x_hat = z W_dec + b_dec. latents: (..., d_sae) → (..., d_in)."""
-        return latents @ self.W_dec + self.b_dec
+    def decode(self, latents: Tensor, like: Tensor | None = None) -> Tensor:
+        """x_hat = z W_dec + b_dec. latents: (..., d_sae) → (..., d_in).
 
-    def decode_sparse(self, codes: Codes) -> Tensor:
-        """x_hat from active latents only: (n_tokens, d_in)."""
-        return decode(codes, self.W_dec) + self.b_dec
+        like: (..., d_in), the activations that the latents came from: an SAE that normalises needs them to bring x_hat
+        back to each token's scale; without them it is left normalised. Others leave them unread.
+        """
+        return self._scaled_back(latents @ self.W_dec + self.b_dec, like)
+
+    def decode_sparse(self, codes: Codes, like: Tensor | None = None) -> Tensor:
+        """x_hat from active latents only: (n_tokens, d_in). like: as for `decode`."""
+        return self._scaled_back(decode(codes, self.W_dec) + self.b_dec, like)
+
+    def _scaled_back(self, x_hat: Tensor, like: Tensor | None) -> Tensor:
+        if like is None:
+            return x_hat
+        return norm_of(like.to(self.W_dec.dtype), self.config.normalize_activations).undo(x_hat.reshape(like.shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction. x: (..., d_in) → (..., d_in)."""
-        return self.decode_sparse(self.encode_sparse(x)).reshape(x.shape)
+        flat = x.reshape(-1, self.config.d_in)
+        return self.decode_sparse(self.encode_sparse(flat), like=flat).reshape(x.shape)
 
     def extra_repr(self) -> str:
         return f"{self.config.sae_id}, d_in={self.config.d_in}, d_sae={self.config.d_sae}"

@@ -150,7 +150,7 @@ def _write_statistics(sae: Sae, held_out: _HeldOut, path: Path) -> None:
         n_fired += _firings(sae.encode_sparse(others.to(held_out.device)), d_sae)
         codes = sae.encode_sparse(x)
         n_fired += _firings(codes, d_sae)
-        for name, values in _per_token(x, sae.decode_sparse(codes), codes, held_out.mean.to(x.device)).items():
+        for name, values in _per_token(x, sae.decode_sparse(codes, like=x), codes, held_out.mean.to(x.device)).items():
             _add_up(sums, name, values.cpu(), held_out.document[rows][inside], held_out.n_documents)
     if not math.isfinite(float(sums["residual"].sum())):
         raise InputError(
