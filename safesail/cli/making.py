@@ -1,47 +1,17 @@
-"""The command line: one verb a stage. Parses, calls one function, prints."""
+"""The verbs that make a release: `run`, one a stage, and `status`."""
 
 import json
 import os
-import runpy
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from safesail.cli.app import BudgetTokens, BudgetUsd, DryRun, Json, Quiet, RunFolder, app
 from safesail.errors import InputError
 
-__all__ = ["app", "main"]
-
-app = typer.Typer(
-    help="Train, select, explain, score and inspect safety sparse autoencoders.\n\n"
-    "Example:  safesail run hub/recipes/demo.toml  then  safesail serve runs/demo",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-pairs_app = typer.Typer(help="Concept contrastive query pairs.", no_args_is_help=True)
-app.add_typer(pairs_app, name="pairs")
-
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, only results and errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print what it would take and whether it fits.")]
-BudgetUsd = Annotated[
-    float | None, typer.Option("--budget-usd", help="Stop before language models cost more dollars than this.")
-]
-BudgetTokens = Annotated[
-    int | None, typer.Option("--budget-tokens", help="Stop before language models use more tokens than this.")
-]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as runs/demo.")]
-
-
-def main() -> None:
-    """Run the command line: a person's mistake is one sentence and exit status 2."""
-    try:
-        app(standalone_mode=True)
-    except InputError as error:
-        print(f"safesail: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+__all__ = ["run", "status"]
 
 
 @app.command()
@@ -134,25 +104,17 @@ def _stage_command(name: str, what: str) -> None:
         _make(Run.open(folder), name, quiet, as_json, force)
 
 
-for _name, _what in (
-    ("harvest", "Read the texts and write the model's activations at the hook points."),
-    ("train", "Train the sweep of SAEs on the harvested activations, or on the fly."),
+for _command, _name, _what in (
+    (_planned_stage_command, "harvest", "Read the texts and write the model's activations at the hook points."),
+    (_planned_stage_command, "train", "Train the sweep of SAEs on the harvested activations, or on the fly."),
+    (_stage_command, "eval", "Measure every SAE's fidelity on held-out texts."),
+    (_stage_command, "select", "Choose an SAE per hook point, and its safety-related latents."),
+    (_stage_command, "collect", "Collect examples and activation statistics of the chosen latents."),
+    (_asking_stage_command, "explain", "Explain the chosen latents and name their domains."),
+    (_asking_stage_command, "score", "Score the explanations by simulation."),
+    (_stage_command, "build", "Build the release's folders with their cards."),
 ):
-    _planned_stage_command(_name, _what)
-
-for _name, _what in (
-    ("eval", "Measure every SAE's fidelity on held-out texts."),
-    ("select", "Choose an SAE per hook point, and its safety-related latents."),
-    ("collect", "Collect examples and activation statistics of the chosen latents."),
-    ("build", "Build the release's folders with their cards."),
-):
-    _stage_command(_name, _what)
-
-for _name, _what in (
-    ("explain", "Explain the chosen latents and name their domains."),
-    ("score", "Score the explanations by simulation."),
-):
-    _asking_stage_command(_name, _what)
+    _command(_name, _what)
 
 
 @app.command()
@@ -174,123 +136,10 @@ def status(folder: RunFolder, as_json: Json = False) -> None:
         seconds = (opened.record(name) or {}).get("seconds")
         print(f"{name:8} {state:8}" + (f" {seconds:8.1f} s" if seconds is not None else ""))
     waiting = next((name for name, state in states.items() if state != "done"), None)
-    print(f"next: safesail {waiting} {folder}" if waiting else f"next: safesail serve {folder}")
-
-
-@app.command()
-def inspect(
-    release: Annotated[str, typer.Argument(help="A run folder, or the Hub name of a release (org/name).")],
-    text: Annotated[str, typer.Argument(help="The text, or with --answer the question.")],
-    answer: Annotated[int, typer.Option(help="Ask it as a chat and generate so many tokens.")] = 0,
-    top: Annotated[int, typer.Option(help="Neurons shown per token.")] = 2,
-    model: Annotated[str | None, typer.Option(help="Load the language model from here.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Print which safety neurons fire on each token of a text.
-
-    Example:  safesail inspect runs/demo "The terrorists took hostages."
-    """
-    from safesail.diagnosis.inspector import Inspector
-
-    inspector = Inspector.from_pretrained(release, model=model)
-    prompt: Any = [{"role": "user", "content": text}] if answer else text
-    inspection = inspector.inspect(prompt, max_new_tokens=answer)
-    if as_json:
-        print(json.dumps(inspection.to_json(), ensure_ascii=False))
-        return
-    for line in token_table(inspection, top):
-        print(line)
-
-
-def token_table(inspection: Any, top: int) -> list[str]:
-    """The lines of a terminal table: a token each, with its strongest explained neurons."""
-    lines = [f"{'token':18} {'act.':>5}  {'neuron':20} {'score':>5} {'trust':9} {'domains':20} explanation"]
-    for i, unit in enumerate(inspection.units):
-        shown = _visible(unit.text)[:17]
-        hits = inspection.hits(i, explained_only=True)[:top]
-        if not hits:
-            lines.append(f"{shown:18} {'·':>5}  {inspection.note(i)}".rstrip())
-        for row, hit in enumerate(hits):
-            score = "" if hit.score is None else f"{hit.score:.2f}"
-            lines.append(
-                f"{shown if row == 0 else '':18} {hit.normalised or 0:5.2f}  {hit.neuron_id:20} {score:>5} "
-                f"{hit.trust:9} "
-                f"{','.join(hit.domains) or '-':20} {_visible(hit.explanation or hit.status)[:60]}"
-            )
-    return lines
-
-
-@app.command()
-def serve(
-    release: Annotated[str, typer.Argument(help="A run folder, or the Hub name of a release (org/name).")],
-    port: Annotated[int, typer.Option(help="The port.")] = 7860,
-    host: Annotated[
-        str, typer.Option(help="The address; anything but loopback opens it to the network.")
-    ] = "127.0.0.1",
-    model: Annotated[str | None, typer.Option(help="Load the language model from here.")] = None,
-) -> None:
-    """Serve the token inspector of a release.
-
-    Example:  safesail serve runs/demo --port 7861
-    """
-    import importlib.util
-
-    from safesail.assets import asset
-
-    if importlib.util.find_spec("gradio") is None:
-        raise InputError("the Space needs gradio; type `pip install 'safesail[space]'`.")
-    os.environ |= {"SAFESAIL_RELEASE": release, "SAFESAIL_HOST": host, "SAFESAIL_PORT": str(port)}
-    if model:
-        os.environ["SAFESAIL_MODEL"] = model
-    sys.path.insert(0, str(asset("space")))
-    runpy.run_path(str(asset("space/app.py")), run_name="__main__")
-
-
-@pairs_app.command("check")
-def check(
-    files: Annotated[list[str], typer.Argument(help="Jsonl files of concept pairs, or shipped sets such as en.")],
-    as_json: Json = False,
-) -> None:
-    """Check files of concept pairs, each for itself and against each other; exit status 1 if anything is wrong.
-
-    Example:  safesail pairs check en zh mine.jsonl
-    """
-    from safesail.pairs import check_files
-    from safesail.taxonomy import Taxonomy
-
-    problems = check_files(files, Taxonomy.load())
-    if as_json:
-        print(json.dumps({"files": files, "problems": problems}, ensure_ascii=False))
+    if waiting:
+        print(f"next: safesail {waiting} {folder}")
     else:
-        print("\n".join(problems) or f"{', '.join(files)}: no problem found")
-    raise typer.Exit(1 if problems else 0)
-
-
-@pairs_app.command("draft")
-def draft(
-    file: Annotated[Path, typer.Argument(help="A jsonl file of pairs that lack `without`.")],
-    out: Annotated[Path, typer.Option(help="The jsonl file of whole pairs; those already in it are kept.")],
-    model: Annotated[str, typer.Option(help="The endpoint's model.")],
-    base_url: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible endpoint (default: OPENAI_BASE_URL, or OpenAI's own).")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Let a language model draft the twin without the concept; a twin that breaks a rule is named, not written.
-
-    Example:  safesail pairs draft half.jsonl --out mine.jsonl --model qwen --base-url http://127.0.0.1:8000/v1
-    """
-    from safesail.interpretation.draft import draft_file
-    from safesail.interpretation.llm import EndpointBackend, Llm
-    from safesail.taxonomy import Taxonomy
-
-    backend = EndpointBackend(model, base_url)
-    problems = draft_file(file, out, Llm(backend, out.with_name(f".{out.name}.answers.sqlite")), Taxonomy.load())
-    if as_json:
-        print(json.dumps({"file": str(out), "problems": problems}, ensure_ascii=False))
-    else:
-        print("\n".join(problems) or f"{out}: every pair has its twin; read them before you use them")
-    raise typer.Exit(1 if problems else 0)
+        print(f"next: safesail serve {folder}  or  safesail publish {folder} --dry-run")
 
 
 def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = False, budget: Any = None) -> None:
@@ -379,7 +228,7 @@ def _print_release(started: Any) -> None:
     print(f"{aligned(*sae_table(curve))}\n\n{aligned(*selection_table(curve))}\n")
     neurons = list(NeuronDatabase.load(started.folder))
     print(aligned(*domain_table(neurons, list(Taxonomy.load().domain_ids))))
-    print(f"\nnext: safesail serve {started.folder}")
+    print(f"\nnext: safesail serve {started.folder}  or  safesail publish {started.folder} --dry-run")
 
 
 def _check_stage(name: str) -> None:
@@ -387,12 +236,3 @@ def _check_stage(name: str) -> None:
 
     if name not in STAGES:
         raise InputError(f"--until {name}: there is no such stage; stages are {', '.join(STAGES)}.")
-
-
-def _visible(text: str) -> str:
-    """The text in one line, control characters spelled out, so that it cannot move the cursor or hide."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,25 @@
+"""The command line: one verb a stage. Parses, calls one function, prints."""
+
+import sys
+
+from safesail.errors import InputError
+
+# isort: off  (`--help` lists the verbs in the order in which their modules are imported)
+from safesail.cli.app import app
+from safesail.cli import making
+from safesail.cli import looking
+from safesail.cli import hub
+from safesail.cli import pairs
+
+# isort: on
+
+__all__ = ["app", "hub", "looking", "main", "making", "pairs"]
+
+
+def main() -> None:
+    """Run the command line: a person's mistake is one sentence and exit status 2."""
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        print(f"safesail: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

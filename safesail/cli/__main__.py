@@ -1,0 +1,5 @@
+"""`python -m safesail.cli`."""
+
+from safesail.cli import main
+
+main()
