@@ -1,17 +1,14 @@
 """The command line: one verb a stage. Parses, calls one function, prints."""
 
+# ruff: noqa: I001  `--help` lists the verbs in the order in which their modules are imported
 import sys
 
-from safesail.errors import InputError
-
-# isort: off  (`--help` lists the verbs in the order in which their modules are imported)
 from safesail.cli.app import app
 from safesail.cli import making
 from safesail.cli import looking
 from safesail.cli import hub
 from safesail.cli import pairs
-
-# isort: on
+from safesail.errors import InputError
 
 __all__ = ["app", "hub", "looking", "main", "making", "pairs"]
 
