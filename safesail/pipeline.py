@@ -19,6 +19,7 @@ from safesail.interpretation import explain, score
 from safesail.interpretation.budget import Budget
 from safesail.interpretation.collect import collect_stage
 from safesail.interpretation.estimate import Estimate, estimate, estimate_lines
+from safesail.interpretation.held import Held
 from safesail.interpretation.llm import EndpointBackend, Llm, LocalBackend
 from safesail.interpretation.prompts import prompts_fingerprint
 from safesail.interpretation.simulate import expected_completion
@@ -264,17 +265,20 @@ class Pipeline:
         )
 
     def _score(self, work: StageWork) -> None:
+        llm = self._llm(self.recipe.score) if self._asks("score") else None
+        score.score_stage(self._held, self._encoder.encode, llm, work)
+
+    @cached_property
+    def _held(self) -> Held:
+        """The texts that explanations are tried on: of the estimate and the stage alike."""
         explanations, _ = explain.load(self.run.result("explain"))
-        score.score_stage(
+        return Held(
             self.recipe,
             self._activations,
             self.run.result("collect"),
             self._statistics(),
             explanations,
             self._tokenizer,
-            self._encoder.encode,
-            self._llm(self.recipe.score) if self._asks("score") else None,
-            work,
         )
 
     def _build(self, work: StageWork) -> None:
@@ -306,16 +310,7 @@ class Pipeline:
             return estimate(
                 self._llm(section), requests, count, lambda request: explain.expected_completion(request, recipe)
             )
-        explanations, _ = explain.load(self.run.result("explain"))
-        requests = score.score_requests(
-            self.recipe,
-            self._activations,
-            self.run.result("collect"),
-            self._statistics(),
-            explanations,
-            self._tokenizer,
-        )
-        return estimate(self._llm(section), requests, count, expected_completion)
+        return estimate(self._llm(section), score.score_requests(self._held), count, expected_completion)
 
     def _say_cost(self, name: str) -> None:
         """Show what a stage that pays for its answers will cost, before it does."""

@@ -30,6 +30,7 @@ from planted import (
 from torch import Tensor
 
 from safesail.interpretation.excerpts import Units, units_of
+from safesail.interpretation.held import Held
 from safesail.interpretation.llm import EndpointBackend, Llm, LocalBackend
 from safesail.interpretation.score import score_stage
 from safesail.interpretation.simulate import Job, Simulated, simulate, simulation_requests
@@ -275,7 +276,8 @@ def stage_rows(run: Run, simulator: Simulator, tmp_path: Path, behave: Any = Non
     with LlmDouble(answer=simulator, **({"behave": behave} if behave else {})) as double:
         llm = Llm(EndpointBackend("planted", double.base_url), None)
         work = StageWork(tmp_path)
-        score_stage(recipe, harvested, collected, statistics, explanations, tokenizer, lambda texts: texts, llm, work)
+        held = Held(recipe, harvested, collected, statistics, explanations, tokenizer)
+        score_stage(held, lambda texts: texts, llm, work)
     return pq.read_table(tmp_path / "scores.parquet").to_pylist()
 
 

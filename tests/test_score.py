@@ -18,10 +18,10 @@ from torch import Tensor
 from safesail.errors import InputError
 from safesail.interpretation.collect import Firings
 from safesail.interpretation.excerpts import Excerpt, Level, Pieces, Units, excerpts_of, group_excerpts, units_of
+from safesail.interpretation.held import Held, lexical_tokens
 from safesail.interpretation.llm import EndpointBackend, Llm
 from safesail.interpretation.score import (
     SCORE_SCHEMA,
-    lexical_tokens,
     method_name,
     score_requests,
     score_stage,
@@ -453,7 +453,7 @@ def run(
     """The rows of the stage over HTTP, the prompts that were sent, and the facts of its record."""
     recipe = recipe_of(**({"methods": METHODS, "backend": "endpoint", "model": "double"} | score))
     statistics = {row["neuron_id"]: {"normaliser": 4.0} for row in explanations}
-    given = (recipe, made.activations, made.folder, statistics, explanations, made.tokenizer)
+    held = Held(recipe, made.activations, made.folder, statistics, explanations, made.tokenizer)
     out = tmp_path / "score"
     out.mkdir(exist_ok=True)
     work = StageWork(out)
@@ -461,8 +461,8 @@ def run(
         backend = EndpointBackend(
             "double", double.base_url, usd_per_million_prompt_tokens=1.0, usd_per_million_completion_tokens=2.0
         )
-        score_stage(*given, embed, Llm(backend, None), work)
-        told = {request.messages[0].content for request in score_requests(*given)}
+        score_stage(held, embed, Llm(backend, None), work)
+        told = {request.messages[0].content for request in score_requests(held)}
         assert told == {prompt_of(body) for body in double.bodies}
         return pq.read_table(out / "scores.parquet").to_pylist(), [prompt_of(b) for b in double.bodies], work.facts
 
@@ -603,4 +603,6 @@ def test_a_neuron_without_active_texts_is_undefined(plain: World, tmp_path: Path
 
 def test_without_a_language_model_there_is_nothing_to_ask(plain: World):
     recipe = recipe_of(methods=["segment-lexical"])
-    assert score_requests(recipe, plain.activations, plain.folder, {}, explained(NAMES), plain.tokenizer) == []
+    statistics = {neuron: {"normaliser": 4.0} for neuron, _ in NAMES}
+    held = Held(recipe, plain.activations, plain.folder, statistics, explained(NAMES), plain.tokenizer)
+    assert score_requests(held) == []
