@@ -11,12 +11,15 @@ __all__ = [
     "Interval",
     "auroc",
     "complement",
+    "confusion",
     "explained_variance",
     "normaliser",
     "pearson",
     "pearson_interval",
     "quantiles_of_sparse",
     "ratio_of_sums",
+    "reconstruction",
+    "reconstruction_sums",
 ]
 
 DEFINITIONS = {
@@ -63,6 +66,37 @@ def explained_variance(x: Tensor, x_hat: Tensor) -> float:
     residual = (x - x_hat).double().square().sum()
     total = (x - x.mean(0)).double().square().sum()
     return float(1 - residual / total)
+
+
+def reconstruction_sums(x: Tensor, x_hat: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    """What `reconstruction` adds up, of each token: (n_tokens,) in fp64. x, x_hat: (n_tokens, d_in), mean: (d_in,).
+
+    The mean is that of all tokens, not of the block given. The cosine of a vector of zeros is 0.
+    """
+    x, x_hat = x.double(), x_hat.double()
+    return {
+        "residual": (x - x_hat).square().sum(1),
+        "total": (x - mean).square().sum(1),
+        "cosine": torch.cosine_similarity(x, x_hat, dim=1, eps=1e-30),
+    }
+
+
+def reconstruction(
+    sums: dict[str, Tensor], n_tokens: Tensor, d_in: int, *, n_resamples: int = 1000, seed: int = 0
+) -> dict[str, Interval]:
+    """EV, FVU, MSE, cosine and L0 with intervals from the documents' sums. All: (n_documents,).
+
+    sums: residual, total and cosine as in `reconstruction_sums`, and n_active, the number of latents above zero; L0 is
+    left out where that is not known.
+    """
+    below = {"fvu": sums["total"], "mse": n_tokens * d_in, "cosine": n_tokens, "l0": n_tokens}
+    above = {"fvu": sums["residual"], "mse": sums["residual"], "cosine": sums["cosine"], "l0": sums.get("n_active")}
+    measured = {
+        name: ratio_of_sums(values, below[name], n_resamples=n_resamples, seed=seed)
+        for name, values in above.items()
+        if values is not None
+    }
+    return {"explained_variance": complement(measured["fvu"]), **measured}
 
 
 def ratio_of_sums(numerators: Tensor, denominators: Tensor, *, n_resamples: int = 1000, seed: int = 0) -> Interval:
@@ -160,6 +194,16 @@ def auroc(scores: Tensor, truth: Tensor) -> float | None:
     below = torch.searchsorted(order, positive, right=False).double()
     upto = torch.searchsorted(order, positive, right=True).double()
     return float(((below + upto) / 2).mean() / len(negative))
+
+
+def confusion(said: Tensor, active: Tensor) -> dict[str, int]:
+    """How often yes and no were right and wrong. said, active: bool (n,)."""
+    return {
+        "true_positives": int((said & active).sum()),
+        "false_positives": int((said & ~active).sum()),
+        "false_negatives": int((~said & active).sum()),
+        "true_negatives": int((~said & ~active).sum()),
+    }
 
 
 def _resampled_counts(n: int, n_resamples: int, seed: int) -> Tensor:

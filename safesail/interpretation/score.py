@@ -29,7 +29,7 @@ from safesail.interpretation.excerpts import Level, Units
 from safesail.interpretation.held import N_LEXICAL, Held
 from safesail.interpretation.llm import Llm, Request
 from safesail.interpretation.simulate import Simulated, simulate, simulation_requests
-from safesail.metrics import auroc, pearson_interval
+from safesail.metrics import auroc, confusion, pearson_interval
 from safesail.progress import bar
 from safesail.run import StageWork
 
@@ -84,7 +84,7 @@ def scored_row(units: Units, predicted: Tensor | None, level: Level, seed: int, 
     if predicted is None:
         return row
     if is_of_activity:
-        row |= _confusion(active, predicted >= 1 if level == "token" else predicted > 0.5)
+        row |= confusion(predicted >= 1 if level == "token" else predicted > 0.5, active)
     interval = pearson_interval(predicted, units.truth, units.text_of, seed=seed)
     if interval.value is None:
         return row | {"status": "undefined", "detail": _why_undefined(units.truth, level)}
@@ -168,15 +168,6 @@ def _spent(said: Simulated, row: Row) -> Row:
 def _level(method: str) -> Level:
     levels: dict[str, Level] = {"token": "token", "segment": "segment", "text": "text"}
     return levels[method.partition("-")[0]]
-
-
-def _confusion(active: Tensor, said: Tensor) -> Row:
-    return {
-        "true_positives": int((said & active).sum()),
-        "false_positives": int((said & ~active).sum()),
-        "false_negatives": int((~said & active).sum()),
-        "true_negatives": int((~said & ~active).sum()),
-    }
 
 
 def _why_undefined(truth: Tensor, level: Level) -> str:

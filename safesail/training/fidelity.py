@@ -25,7 +25,7 @@ from safesail.lm.activations import Activations
 from safesail.lm.corpus import pack
 from safesail.lm.hooks import replace
 from safesail.lm.windows import packed_inputs
-from safesail.metrics import Interval, complement, ratio_of_sums
+from safesail.metrics import Interval, ratio_of_sums, reconstruction, reconstruction_sums
 from safesail.progress import bar
 from safesail.recipe import Recipe
 from safesail.run import StageWork, write_json
@@ -78,14 +78,10 @@ def _fidelity(config: SaeConfig, statistics: dict[str, Tensor], losses: dict[str
     n_counted, n_tokens, n_fired = int(statistics["n_counted"]), statistics["n_tokens"], statistics["n_fired"]
     clean, zeroed, n_predicted = losses["clean"], losses[f"zeroed {config.hook_point}"], losses["n_predicted"]
     spliced = losses[f"spliced {config.sae_id}"]
-    fvu = ratio_of_sums(statistics["residual"], statistics["total"])
+    sums = {name: statistics[name] for name in ("residual", "total", "cosine", "n_active")}
     every = torch.ones_like(n_fired)
     measured: dict[str, Interval] = {
-        "explained_variance": complement(fvu),
-        "fvu": fvu,
-        "mse": ratio_of_sums(statistics["residual"], n_tokens * config.d_in),
-        "cosine": ratio_of_sums(statistics["cosine"], n_tokens),
-        "l0": ratio_of_sums(statistics["n_active"], n_tokens),
+        **reconstruction(sums, n_tokens, config.d_in),
         "dead": ratio_of_sums(n_fired == 0, every),
         "dense": ratio_of_sums(n_fired > _DENSE_ABOVE * n_counted, every),
         "ce_recovered": ratio_of_sums(zeroed - spliced, zeroed - clean),
@@ -168,13 +164,7 @@ def _firings(codes: Codes, d_sae: int) -> Tensor:
 
 def _per_token(x: Tensor, x_hat: Tensor, codes: Codes, mean: Tensor) -> dict[str, Tensor]:
     """What is summed up, of each token: (n_tokens,) in fp64. x, x_hat: (n_tokens, d_in), mean: (d_in,)."""
-    x, x_hat = x.double(), x_hat.double()
-    return {
-        "residual": (x - x_hat).square().sum(1),
-        "total": (x - mean).square().sum(1),
-        "cosine": torch.cosine_similarity(x, x_hat, dim=1, eps=1e-30),
-        "n_active": codes.active().offsets.diff().double(),
-    }
+    return {**reconstruction_sums(x, x_hat, mean), "n_active": codes.active().offsets.diff().double()}
 
 
 def _add_up(sums: dict[str, Tensor], name: str, values: Tensor, group: Tensor, n_groups: int) -> None:
