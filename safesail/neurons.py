@@ -56,7 +56,8 @@ class NeuronDatabase:
 
     `neurons` has a row per neuron that was to be explained, `quantiles` one per latent of the selected SAEs (so that
     every latent can be normalised and shown), `scores` {neuron id: a row per method and language}, `explanations`
-    {neuron id: {language: a row}}. A row whose status is not `ok` has no explanation, or no score.
+    {neuron id: {language: a row}}. A row whose status is not `ok` has no explanation, or no score. In a converted
+    release statistics may be null, and a status `masked` (its source hides the text) or `absent` (its source has none).
     """
 
     neurons: dict[str, dict[str, Any]]

@@ -38,6 +38,7 @@ from safesail.pairs import load_pairs, pairs_file
 from safesail.progress import bar, quiet
 from safesail.recipe import AskedSection, Recipe
 from safesail.release.build import build_stage
+from safesail.release.licences import check_licences
 from safesail.run import STAGES, Run, StageWork
 from safesail.taxonomy import Taxonomy
 from safesail.training.fidelity import eval_stage
@@ -86,6 +87,7 @@ class Pipeline:
 
         Of several ranks, those after the first return when only its stages are left.
         """
+        check_licences(self.recipe)
         self._check_endpoints(until)
         check_shares(self.recipe, self._team)
         refuse_what_cannot_fit(self.run, until, force)

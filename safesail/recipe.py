@@ -314,7 +314,8 @@ class PublishSection(Section):
     """The Hub user or organization that the repositories belong to; empty: the release cannot be published yet."""
     title: str = ""
     licence: str = "apache-2.0"
-    languages: tuple[str, ...] = ("en",)
+    """A licence of the Hub; it may not allow what the model's or the texts' licences forbid."""
+    languages: tuple[Language, ...] = ("en",)
     version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+([.-][0-9A-Za-z.-]+)?$")] = "1.0.0"
     """The version of the release: the tag `v<version>` on every repository."""
     gate: Literal["auto", "manual"] = "manual"

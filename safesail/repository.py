@@ -6,14 +6,19 @@ Every reader of this package (`Sae.from_pretrained`, `NeuronDatabase.load`, `Ins
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from safesail.errors import InputError
+from safesail.refusals import Refusal
 
 __all__ = ["Repository", "part_of_release", "read_table"]
+
+PARTS = ("saes", "neurons", "examples", "inspector")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Repository:
     """Files below `source`: an existing local folder, or a Hub repository id.
 
     The keyword arguments mean what they mean in `transformers` and `huggingface_hub`; they are ignored for a folder.
+    All files come from the commit that the first one came from, also when somebody publishes meanwhile.
     """
 
     source: str
@@ -30,6 +36,7 @@ class Repository:
     cache_dir: str | Path | None = None
     force_download: bool = False
     local_files_only: bool = False
+    _commit: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def folder(self) -> Path | None:
@@ -39,20 +46,28 @@ class Repository:
 
     def file(self, name: str) -> Path:
         """The local path of the file `name`; raises InputError saying which part is missing and what to do."""
-        _refuse_traversal(name)
-        folder = self.folder
-        if folder is not None:
-            if not (folder / name).is_file():
-                raise InputError(f"{folder} has no file {name}; it holds {_listing(folder)}.")
-            return folder / name
-        return self._download(name)
-
-    def names(self) -> list[str]:
-        """The names of all files, sorted; of a Hub repository without downloading any of them."""
+        self._refuse_traversal(name)
         folder = self.folder
         if folder is None:
-            return self._names_on_the_hub()
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            return self._download(name)
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{folder} has no file {name}; it holds {_listing(folder)}.")
+        _refuse_pointer(path)
+        return path
+
+    def names(self) -> list[str]:
+        """The names of all files, sorted; of a Hub repository without downloading any of them.
+
+        Without the Hub (`local_files_only`, offline mode) these are the files that are in the local cache.
+        """
+        folder = self.folder
+        if folder is not None:
+            return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        names = self._names_in_the_cache() if self._is_offline() else self._names_on_the_hub()
+        for name in names:
+            self._refuse_traversal(name)
+        return sorted(names)
 
     def json(self, name: str) -> Any:
         """The decoded content of the JSON file `name`."""
@@ -66,26 +81,56 @@ class Repository:
         """The rows of the parquet file `name`."""
         return read_table(self.file(name))
 
+    def _refuse_traversal(self, name: str) -> None:
+        parts = PurePosixPath(name).parts
+        leaves = name.startswith(("/", "~")) or ".." in parts or "\\" in name or PureWindowsPath(name).drive
+        if not parts or leaves or not name.isprintable():
+            raise InputError(f"{self.source} names a file {name!r}, which is not a relative path inside a repository.")
+
+    def _is_offline(self) -> bool:
+        from huggingface_hub import is_offline_mode
+
+        return self.local_files_only or is_offline_mode()
+
     def _names_on_the_hub(self) -> list[str]:
         from huggingface_hub import HfApi
 
         with self._in_words("its list of files"):
-            return sorted(
-                HfApi(library_name="safesail").list_repo_files(
-                    self.source, repo_type=self.repo_type, revision=self.revision, token=self.token
+            return HfApi(library_name="safesail").list_repo_files(
+                self.source, repo_type=self.repo_type, revision=self._at, token=self.token
+            )
+
+    def _names_in_the_cache(self) -> list[str]:
+        from huggingface_hub import snapshot_download
+
+        with self._in_words("its list of files"):
+            snapshot = Path(
+                snapshot_download(
+                    self.source,
+                    repo_type=self.repo_type,
+                    revision=self._at,
+                    cache_dir=self.cache_dir,
+                    local_files_only=True,
+                    allow_patterns=[],  # what there is, complete or not
                 )
             )
+        return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+
+    @property
+    def _at(self) -> str | None:
+        """The revision to read: the commit of the first file, once there is one."""
+        return self._commit[0] if self._commit else self.revision
 
     def _download(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
         with self._in_words(name):
-            return Path(
+            path = Path(
                 hf_hub_download(
                     self.source,
                     name,
                     repo_type=self.repo_type,
-                    revision=self.revision,
+                    revision=self._at,
                     token=self.token,
                     cache_dir=self.cache_dir,
                     force_download=self.force_download,
@@ -93,45 +138,26 @@ class Repository:
                     library_name="safesail",
                 )
             )
+        commit = path.parents[len(PurePosixPath(name).parts) - 1].name  # …/snapshots/COMMIT/NAME
+        if not self._commit and re.fullmatch(r"[0-9a-f]{40}", commit):
+            self._commit.append(commit)
+        return path
 
     @contextlib.contextmanager
     def _in_words(self, name: str) -> Iterator[None]:
-        """What the Hub refuses, as one sentence that ends with what to do."""
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        """What the Hub or the way to it refuses, as one sentence that ends with what to do; never with the token."""
+        from huggingface_hub.errors import HTTPError  # type: ignore[reportPrivateImportUsage]  # what all of it inherits
 
-        where = f"{self.source}" + (f" at revision {self.revision}" if self.revision else "")
+        if self.force_download and self.local_files_only:
+            raise InputError("force_download and local_files_only contradict each other; give one of them.")
+        if isinstance(self.token, str) and not (self.token.isascii() and self.token.isprintable() and self.token):
+            raise InputError("the token given is empty or holds characters that no token has; type `hf auth login`.")
         try:
             yield
-        except HFValidationError as error:
-            raise InputError(f"{self.source!r} is neither an existing folder nor a Hub id like org/name.") from error
-        except GatedRepoError as error:
-            raise InputError(
-                f"{where} is gated: ask for access on its page on the Hub, then type `hf auth login`."
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise InputError(
-                f"{where} is neither a folder here nor a {self.repo_type} repository you can read on the Hub; "
-                "check the spelling, or type `hf auth login` if it is private."
-            ) from error
-        except RevisionNotFoundError as error:
-            raise InputError(f"{self.source} has no revision {self.revision!r} on the Hub.") from error
-        except LocalEntryNotFoundError as error:
-            raise InputError(
-                f"there is no folder {self.source} here, and {name} of the Hub repository {where} is neither in the "
-                "local cache nor to be downloaded now; give a folder that exists, or connect to the Hub once."
-            ) from error
-        except EntryNotFoundError as error:
-            raise InputError(f"{where} has no file {name}; is it a release of safesail?") from error
-        except (HfHubHTTPError, OSError) as error:
-            raise InputError(f"{name} of {where} could not be read from the Hub: {error}") from error
+        except UnicodeEncodeError:  # from the environment; its representation holds the token
+            raise InputError("the token in HF_TOKEN holds characters that no token has; set it again.") from None
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: all failures of hf_xet
+            raise InputError(Refusal(self, name).words(error)) from error
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -148,7 +174,7 @@ def part_of_release(release: str | Path, part: str) -> str:
     """The source of one part (`saes`, `neurons`, `examples`) of a release.
 
     A run folder `runs/demo` has the parts as sub-folders; a Hub release `org/name` has them as `org/name-saes` and so
-    on. A folder or id that already is the part is taken as it is.
+    on. A folder or id that already is the part is taken as it is; the id of another part names its release.
     """
     folder = Path(release).expanduser()
     if folder.is_dir():
@@ -156,13 +182,14 @@ def part_of_release(release: str | Path, part: str) -> str:
         is_part = folder.name == part and not (folder / "run.json").is_file()
         return str(folder) if is_part or not (folder / part).is_dir() else str(folder / part)
     name = str(release)
-    return name if name.endswith(f"-{part}") else f"{name}-{part}"
+    stem, dash, last = name.rpartition("-")
+    return f"{stem if dash and last in PARTS else name}-{part}"
 
 
-def _refuse_traversal(name: str) -> None:
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith(("/", "~")) or ".." in parts or "\\" in name or "\x00" in name:
-        raise InputError(f"{name!r} is not a relative path inside a repository.")
+def _refuse_pointer(path: Path) -> None:
+    """Refuses what a clone without git-lfs leaves in the place of a large file."""
+    if path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+        raise InputError(f"{path} is only git's pointer to the file; type `git lfs pull` in {path.parent}.")
 
 
 def _listing(folder: Path) -> str:

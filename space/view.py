@@ -105,7 +105,7 @@ def found_rows(rows: list[dict[str, Any]]) -> list[Row]:
             _domains(row["domains"]),
             title(row["category"] or "") or "–",
             row["concept"] or "–",
-            f"{row['firing_rate']:.2%}",
+            "–" if row["firing_rate"] is None else f"{row['firing_rate']:.2%}",
             row["neuron_id"],
             row["hook_point"],
         ]

@@ -25,7 +25,14 @@ from safesail.taxonomy import Taxonomy
 from safesail.training.fidelity import FIDELITY
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-GOLDEN_FILES = ("saes/README.md", "saes/curve.svg", "neurons/README.md", "examples/README.md", "inspector/README.md")
+GOLDEN_FILES = (
+    "saes/README.md",
+    "saes/curve.svg",
+    "saes/recipe.toml",
+    "neurons/README.md",
+    "examples/README.md",
+    "inspector/README.md",
+)
 HOSTILE = "a | b `c` <script>x</script> [d](http://e)\n# f"
 THRESHOLDS = ("0", "0.1")
 HOOK_POINTS = {"layers.0.mlp": 8, "layers.1.mlp": 6}
@@ -49,11 +56,14 @@ def made_recipe(folder: Path, **changed: Row) -> Recipe:
     pairs.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS), encoding="utf-8")
     recipe: Row = {
         "name": "made",
-        "model": {"path": "none", "base_model": "tests/tiny"},
+        "model": {"path": "none", "base_model": "tests/tiny", "licence": "mit"},
         "corpus": {
             "n_tokens": 1200,
             "n_held_out_tokens": 120,
-            "sources": [{"path": "none.jsonl", "origin": "made texts", "licence": "mit"}],
+            "sources": [
+                {"path": "none.jsonl", "origin": "made texts", "licence": "mit"},
+                {"path": "made/talk", "about": "terror", "licence": "cc-by-4.0"},
+            ],
         },
         "harvest": {"hook_points": list(HOOK_POINTS)},
         "train": {"architectures": ["topk", "relu"], "d_sae": D_SAE, "k": [4], "l1": [0.1]},
@@ -82,7 +92,11 @@ def made_run(folder: Path, recipe: Recipe | None = None, **changed: Any) -> Run:
     _write(run, "explain/explanations.parquet", changed.get("explanations", made_explanations()))
     _write(run, "explain/tags.parquet", changed.get("tags", made_tags()))
     _write(run, "score/scores.parquet", changed.get("scores", made_scores()))
-    corpus = {"n_tokens": 1200, "n_documents": 60, "tokens_by_source": {"made texts": 1200}}
+    corpus = {
+        "n_tokens": 1200,
+        "n_documents": 60,
+        "tokens_by_source": {source.title: 600 for source in run.recipe.corpus.sources},
+    }
     records = {
         "harvest": corpus | {"tokenizer_hash": "h"},
         "eval": {"n_ce_tokens": 100},

@@ -15,9 +15,11 @@ from safesail.assets import asset
 from safesail.pairs import Pair
 from safesail.recipe import ScoreSection
 from safesail.release.cards import _latents_by_hand, _sparsity_settings, md_cell, render
+from safesail.release.columns import COLUMNS, column_table, meaning
 from safesail.release.contrast import activity_test, group_table, pair_table, threshold_table
 from safesail.release.facts import flat_fidelity
-from safesail.release.front_matter import licence_of_texts
+from safesail.release.front_matter import _size
+from safesail.release.licences import licence_of_texts
 from safesail.release.methods import confusion_table, cost_table, definition, method_table, total_cost
 from safesail.release.redaction import redacted, snippets_of
 from safesail.release.summary import (
@@ -72,7 +74,8 @@ HOSTILE = {
 def test_no_active_character_survives_in_a_cell(text: str):
     cell = md_cell(text)
     rest = re.sub(r"&(#\d+|amp|lt|gt);", "", cell)
-    assert not set(rest) & set("|`*_~<>[](){}$\\!#\n\r\t&:")
+    assert not set(rest) & set("|`*_~<>[]{}$\\#@\n\r\t&")
+    assert not re.search(r":\S|^[-+=]|^\d+[.)]", cell)
 
 
 def rendered(cell: str) -> tuple[set[str], str]:
@@ -462,8 +465,10 @@ def test_costs_are_summed_and_a_missing_price_is_said():
     assert header == ["", "prompt tokens", "completion tokens", "USD"]
     assert cells == [  # the lexical baseline asked nobody and has no line
         ["explanations", "1,800", "300", "0"],
-        ["scores, `segment-5/llm`", "124", "15", "no price was given"],
+        ["scores, segment-5/llm", "124", "15", "no price was given"],
+        ["all", "1,924", "315", "no price was given"],
     ]
+    assert cost_table([], SCORED[:3])[1] == [["scores, segment-5/llm", "121", "15", "1.0000"]]
     assert total_cost(SCORED[:3]) == 1.0
     assert total_cost(SCORED) is None
     assert cost_table([], []) == (header, [])
@@ -549,7 +554,7 @@ def card(request: pytest.FixtureRequest, release: Path) -> str:
 
 
 def without_version(text: str) -> str:
-    return re.sub(r"safesail \d+\.\d+\.\d+", "safesail X", text)
+    return re.sub(r"(safesail |safesail==|version = \{)\d+\.\d+\.\d+", r"\1X", text)
 
 
 @pytest.mark.parametrize("name", GOLDEN_FILES)
@@ -572,10 +577,10 @@ def test_an_absent_fact_removes_its_line(made: Path, tmp_path: Path):
     recipe = made_recipe(tmp_path, **settings)
     folder = made_release(tmp_path, recipe, explanations=said, scores=scores, explained={})
     text, full = ((run / "neurons/README.md").read_text(encoding="utf-8") for run in (folder, made))
-    for line in ("Refused explanations by", "Confusion counts", "no price was given", "The main table shows"):
+    for line in ("Refused explanations by", "Confusion counts", "| no price was given |", "The main table shows"):
         assert line in full
         assert line not in text
-    for line in ("Explained by m, the model under study itself, in en.", "The explainer is the model under study"):
+    for line in ("Explained by m, the model under study itself, in en (", "The explainer is the model under study"):
         assert line in text
         assert line not in full
     assert "| explanations | 600 | 120 | 0 |" in text
@@ -589,7 +594,7 @@ def test_a_hostile_explanation_is_text_in_the_card(made: Path):
 
 
 def test_pair_sets_of_ones_own_are_named_without_their_place(made: Path):
-    assert "own&#45;pairs.jsonl" in (made / "saes/README.md").read_text(encoding="utf-8")
+    assert "own-pairs.jsonl" in (made / "saes/README.md").read_text(encoding="utf-8")
     assert json.loads((made / "saes/config.json").read_text())["selected_by"]["pairs"] == ["own-pairs.jsonl"]
 
 
@@ -604,7 +609,7 @@ def test_the_card_shows_the_curve_that_lies_beside_it(release: Path):
     [(["mit", "mit"], "mit"), (["mit", "apache-2.0"], "other"), (["mixed"], "other"), ([""], "other")],
 )
 def test_excerpts_have_the_licence_of_their_sources_or_other(licences: list[str], said: str):
-    assert licence_of_texts([("source", 1, licence) for licence in licences])["license"] == said
+    assert licence_of_texts(licences)["license"] == said
 
 
 def test_the_front_matter_parses_as_what_it_is(demo_run: Path):
@@ -632,25 +637,211 @@ def test_the_front_matter_parses_as_what_it_is(demo_run: Path):
 
 
 def test_the_results_in_the_front_matter_are_those_of_the_selected_saes(release: Path):
+    """Values and intervals, by definition id; the model-index holds an interval in the arguments of its metric."""
     from huggingface_hub import ModelCard
 
     manifest = json.loads((release / "saes/config.json").read_text())
     measured = {sae["id"]: sae for sae in manifest["saes"] if sae["selected"]}
     results = ModelCard.load(release / "saes/README.md").data.eval_results
+    found = set()
     for result in results:
-        key = result.metric_type.partition("/")[0]
-        sae_id = result.metric_name.rpartition("(")[2].rstrip(")")
-        assert result.metric_value == pytest.approx(measured[sae_id][key], rel=1e-5)
-    found = {(result.metric_name.rpartition("(")[2].rstrip(")"), result.metric_type) for result in results}
+        key, sae_id = result.metric_type.partition("/")[0], result.metric_args["sae"]
+        sae = measured[sae_id]
+        assert result.metric_value == pytest.approx(sae[key], rel=1e-5)
+        ends = None if sae[f"{key}_low"] is None else pytest.approx([sae[f"{key}_low"], sae[f"{key}_high"]], rel=1e-5)
+        assert result.metric_args.get("interval") == ends
+        assert result.dataset_config == ("pairs" if key in ("i_cdf", "above_null") else None)
+        found.add((sae_id, result.metric_type))
     keys = (*FIDELITY, "i_cdf", "above_null")
     assert found == {(i, f"{key}/v1") for i, sae in measured.items() for key in keys if sae[key] is not None}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_card_s_data_survive_the_hub_s_own_classes(release: Path, part: str):
+    """Read by RepoCard and by the class of its kind, and by metadata_load: nothing is lost or refused."""
+    import yaml
+    from huggingface_hub import DatasetCard, ModelCard, RepoCard, SpaceCard, metadata_load
+
+    path = release / part / "README.md"
+    text = path.read_text(encoding="utf-8")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert metadata_load(path) == front
+    kind = {"saes": ModelCard, "inspector": SpaceCard}.get(part, DatasetCard)
+    for card in (RepoCard(text), kind(text), kind(str(kind(text)))):
+        assert card.data.to_dict() == front
+        assert yaml.safe_load(card.data.to_yaml()) == front
+
+
+def test_the_relation_to_base_model_and_data_sets_is_said_of_hub_ids_alone(made: Path, tmp_path: Path):
+    from huggingface_hub import ModelCard, SpaceCard
+
+    data = ModelCard.load(made / "saes/README.md").data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("tests/tiny", "adapter")
+    assert data["datasets"] == ["made/talk"]  # not the local file of the other source
+    local = made_recipe(tmp_path, model={"base_model": "", "path": "/models/own"}, corpus={"sources": [LOCAL_SOURCE]})
+    folder = made_release(tmp_path, local)
+    data = ModelCard.load(folder / "saes/README.md").data.to_dict()
+    assert not {"base_model", "base_model_relation", "datasets"} & set(data)
+    assert SpaceCard.load(folder / "inspector/README.md").data.models == ["your-organization/made-saes"]
+    assert "huggingface.co/own" not in (folder / "saes/README.md").read_text(encoding="utf-8")
+
+
+LOCAL_SOURCE = {"path": "none.jsonl", "origin": "made texts", "licence": "mit"}
+
+
+def test_codes_with_a_script_stand_beside_the_hub_s_codes(made: Path):
+    from huggingface_hub import DatasetCard
+
+    data = DatasetCard.load(made / "neurons/README.md").data.to_dict()
+    assert (data["language"], data["language_bcp47"]) == (["en", "zh"], ["en", "zh-Hant"])
+    assert "language_bcp47" not in DatasetCard.load(made / "examples/README.md").data.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "said"), [(0, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"), (10**9, "10M<n<100M")]
+)
+def test_the_size_of_a_data_set_is_the_hub_s_category(n_rows: int, said: str):
+    assert _size(n_rows) == said
+
+
+@pytest.mark.parametrize(("gate", "said"), [("manual", "the owner decides"), ("auto", "agree to the terms on")])
+def test_the_examples_say_how_access_is_given(tmp_path: Path, gate: str, said: str):
+    from huggingface_hub import DatasetCard
+
+    folder = made_release(tmp_path, made_recipe(tmp_path, publish={"gate": gate}))
+    card = DatasetCard.load(folder / "examples/README.md")
+    data = card.data.to_dict()
+    assert said in card.text
+    assert ("A person decides" in data["extra_gated_description"]) == (gate == "manual")
+    kinds = [field if isinstance(field, str) else field["type"] for field in data["extra_gated_fields"].values()]
+    assert kinds == ["text", "select", "checkbox", "checkbox"]
+    assert data["extra_gated_button_content"]
+    assert "not-for-all-audiences" in data["tags"]
+
+
+def test_the_space_names_versions_that_the_package_allows(made: Path):
+    from importlib.metadata import metadata, requires
+
+    from huggingface_hub import SpaceCard
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    data = SpaceCard.load(made / "inspector/README.md").data.to_dict()
+    extras = [Requirement(line) for line in requires("safesail") or [] if 'extra == "space"' in line.replace("'", '"')]
+    (gradio,) = [requirement for requirement in extras if requirement.name == "gradio"]
+    assert gradio.specifier.contains(data["sdk_version"])
+    assert SpecifierSet(metadata("safesail")["Requires-Python"]).contains(data["python_version"])
+    assert len(data["short_description"]) <= 60
+    assert "hf_oauth" not in data  # the app asks nobody to log in
+    assert data["suggested_hardware"] == "cpu-basic"
+
+
+def test_every_column_of_every_table_is_explained_and_no_other(release: Path):
+    import pyarrow.parquet as pq
+
+    used = set()
+    for path in (release / "neurons").rglob("*.parquet"):
+        names = pq.read_schema(path).names
+        text = markdown(*column_table(path))
+        assert all(f"`{name}`" in text for name in names), path
+        used |= {name for column in names for name in (column, f"{path.parent.name}/{column}")}
+    used |= set(pq.read_schema(release / "examples/examples/train.parquet").names)
+    used |= {"l0_t"} if any(name.startswith("l0_t_") for name in used) else set()
+    explained = {name for names in COLUMNS for name in names.split(", ")}
+    assert explained <= used
+
+
+def test_a_column_that_nobody_explained_is_an_error():
+    with pytest.raises(KeyError):
+        meaning("made_up")
+    assert meaning("fvu_low") == meaning("fvu")
+    assert meaning("l0_t_0.25_null") == meaning("l0_t_0")
+    assert meaning("language", "pairs") != meaning("language", "scores")
+
+
+def test_the_row_that_a_card_shows_is_one_of_its_table(release: Path):
+    import pyarrow.parquet as pq
+
+    text = (release / "neurons/README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```json\n(.*?)\n```\n", text, flags=re.S)
+    shown = json.loads(block)
+    table = pq.read_table(release / "neurons/neurons/train.parquet")
+    (row,) = [row for row in table.to_pylist() if row["neuron_id"] == shown["neuron_id"]]
+    assert list(shown) == table.schema.names
+    assert shown == {
+        name: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for name, value in row.items()
+    }
+
+
+def test_the_papers_are_cited_as_in_the_citation_file(made: Path):
+    import yaml
+
+    card = (made / "saes/README.md").read_text(encoding="utf-8")
+    (cited,) = yaml.safe_load((asset("cards").parent / "CITATION.cff").read_text(encoding="utf-8"))["references"]
+    authors = " and ".join(f"{name['family-names']}, {name['given-names']}" for name in cited["authors"])
+    assert f"author = {{{authors}}}" in card
+    assert f"title = {{{cited['title']}}}" in card
+    assert f"url = {{{cited['url']}}}" in card
+    assert f"note = {{{cited['identifiers'][0]['value']}}}" in card
+
+
+# --- the code in the cards ----------------------------------------------------------------------------------------
+
+
+def snippets(release: Path, part: str) -> list[str]:
+    """The Python of a card, reading the folders in place of the Hub's repositories."""
+    text = (release / part / "README.md").read_text(encoding="utf-8")
+    (name,) = set(re.findall(r"huggingface\.co/(?:datasets/)?(your-organization/[^-`)]+)-", text))
+    for other in PARTS:
+        text = text.replace(f'"{name}-{other}"', json.dumps(str(release / other)))
+    text = re.sub(r'hf_hub_download\("([^"]+)", "([^"]+)"\)', r'"\1/\2"', text)
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+def test_both_ways_to_load_an_sae_give_the_same_latents(release: Path):
+    import torch
+
+    results = []
+    for code in snippets(release, "saes"):
+        if "sae_lens" not in code:
+            torch.manual_seed(0)
+            names: dict[str, Any] = {}
+            exec(code, names)
+            results.append(names)
+    ours, plain = results
+    torch.testing.assert_close(ours["x"], plain["x"])
+    by_hand = torch.zeros_like(ours["latents"]).scatter_(1, plain["indices"], plain["values"])
+    torch.testing.assert_close(by_hand, ours["latents"])
+    assert ours["x_hat"].shape == ours["x"].shape
+
+
+def test_saelens_loads_what_the_card_names(made: Path):
+    sae_lens = pytest.importorskip("sae_lens")
+    (code,) = [code for code in snippets(made, "saes") if "sae_lens" in code]
+    folder, sae_id = re.findall(r'from_pretrained\("([^"]+)", "([^"]+)"\)', code)[0]
+    assert sae_lens.SAE.load_from_disk(f"{folder}/{sae_id}").cfg.d_sae == 16
+
+
+def test_the_data_sets_load_as_their_cards_say(release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    names: dict[str, Any] = {}
+    for code in (*snippets(release, "neurons"), *snippets(release, "examples")):
+        exec(code, names)
+    assert len(names["neurons"]) == len(names["database"])
+    assert names["neurons"].column_names[0] == "explanation"
+    assert len(names["examples"]) > 0
+
+
+# --- the text of a card -------------------------------------------------------------------------------------------
 
 
 def test_a_card_has_one_title_and_no_unfilled_place(card: str):
     body = card.split("---\n", 2)[2]
     assert len(re.findall(r"^# ", re.sub(r"```.*?```", "", body, flags=re.S), flags=re.M)) == 1
     assert not re.search(r"\bNone\b|\{\{|\}\}|\{%|%\}|\bnan\b|\(\)", re.sub(r"`[^`]*`", "", body)), body
-    assert not re.search(r"\bNone\b|\{\{", card)
+    assert not re.search(r"\bNone\b|\{\{", card.replace("{{The safesail authors}}", ""))
 
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_header(card: str):

@@ -290,6 +290,21 @@ def test_what_saelens_calls_an_sae_decides_how_it_computes(metadata: str | None)
     assert SaeConfig.from_json(data, "cfg.json").architecture == "matryoshka"
 
 
+def test_no_conversion_of_a_module_rounds_its_threshold():
+    sae = sae_of("jumprelu")
+    assert sae.threshold is not None
+    exact = (1 + torch.arange(16) * 0.001).clone()
+    sae.threshold.data = exact.clone()
+    for converted in (sae.to(torch.bfloat16), sae.half(), sae.float().to(dtype=torch.float16), sae.double()):
+        assert converted is sae
+        assert sae.threshold.dtype == torch.float32
+        assert torch.equal(sae.threshold, exact)
+    assert sae.W_enc.dtype == torch.float64
+    assert isinstance(sae.threshold, torch.nn.Parameter)
+    assert sae.to(torch.bfloat16).W_enc.dtype == torch.bfloat16
+    assert sae.to("meta").threshold.device.type == "meta"  # type: ignore
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_threshold_is_never_rounded(dtype: torch.dtype, tmp_path: Path):
     """In bfloat16, 1.001 would become 1 and switch on what lies between."""
@@ -449,34 +464,67 @@ def test_a_config_that_is_not_an_object_is_refused_with_the_file_named(release: 
 @pytest.mark.parametrize(
     "manifest",
     [
-        {"model_type": "llama"},
         {"selected": {MLP: SELECTED}},
         {"saes": [], "selected": None},
         {"saes": [], "selected": [SELECTED]},
         {"saes": None, "selected": {}},
         {"saes": ["layers.9.mlp"], "selected": {}},
-        [],
-        "text",
-        None,
+        {"safesail_version": "0.1"},
     ],
 )
-def test_a_manifest_that_is_not_one_is_refused_with_the_file_named(release: Path, manifest: Any):
+def test_a_damaged_manifest_is_refused_with_the_file_named(release: Path, manifest: Any):
     (release / "config.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"config\.json is not the manifest of a safesail release"):
-        Sae.from_pretrained(release, "layers.8.mlp")
+    for read_it in (lambda: Sae.from_pretrained(release, "layers.8.mlp"), lambda: Sae.load_all(release)):
+        with pytest.raises(InputError, match=r"config\.json is not the manifest of a safesail release"):
+            read_it()
 
 
-@pytest.mark.parametrize("manifest", [{"model_type": "llama"}, {"saes": [], "selected": [SELECTED]}, [], None])
-def test_load_all_refuses_a_manifest_that_is_not_one(release: Path, manifest: Any):
-    (release / "config.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"config\.json is not the manifest of a safesail release"):
-        Sae.load_all(release)
-
-
-def test_a_folder_without_a_manifest_says_what_it_holds(release: Path):
-    (release / "config.json").unlink()
-    with pytest.raises(InputError, match=r"has no file config\.json; it holds layers\.9, layers\.9\.mlp"):
+def test_a_manifest_that_is_not_json_is_refused(release: Path):
+    (release / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json is not valid JSON"):
         Sae.from_pretrained(release, MLP)
+
+
+def test_a_release_of_a_newer_schema_asks_for_a_newer_safesail(release: Path):
+    rewritten(release / "config.json", schema=2)
+    with pytest.raises(InputError, match=r"config\.json has schema 2, .* reads schema 1; install a newer safesail"):
+        Sae.from_pretrained(release, MLP)
+
+
+def test_a_release_that_a_newer_safesail_lays_out_otherwise_asks_for_it(release: Path):
+    (release / "config.json").unlink()
+    (release / "safesail.json").write_text(json.dumps({"schema": 2}))
+    with pytest.raises(InputError, match=r"safesail\.json has schema 2, .* install a newer safesail"):
+        Sae.from_pretrained(release, MLP)
+
+
+def test_another_part_of_a_release_points_to_its_saes(tmp_path: Path):
+    (tmp_path / "safesail.json").write_text(json.dumps({"schema": 1}))
+    with pytest.raises(InputError, match="is a part of a release that has no SAEs; give its saes folder"):
+        Sae.from_pretrained(tmp_path, MLP)
+
+
+@pytest.mark.parametrize("manifest", [{"model_type": "llama"}, [], "text", None])
+def test_without_a_manifest_of_ours_the_folders_are_read_as_saelens_reads_them(release: Path, manifest: Any):
+    (release / "config.json").write_text(json.dumps(manifest))
+    assert same(Sae.from_pretrained(release, SELECTED), SAES[0])
+    assert same(Sae.from_pretrained(release, RESIDUAL), SAES[2])
+    with pytest.raises(InputError, match=rf"has several SAEs at {MLP}: {OTHER}, {SELECTED}; give one of these ids"):
+        Sae.from_pretrained(release, MLP)
+    with pytest.raises(InputError, match=rf"has several SAEs at {MLP}: {OTHER}, {SELECTED}; load one by its id"):
+        Sae.load_all(release)
+    with pytest.raises(InputError, match=rf"has no SAE 'layers.8'; it has {OTHER}, {SELECTED}, {RESIDUAL}/topk-k3"):
+        Sae.from_pretrained(release, "layers.8")
+
+
+def test_the_folder_of_one_sae_is_read_by_itself(release: Path):
+    assert same(Sae.from_pretrained(release / OTHER), SAES[1])
+    assert list(Sae.load_all(release / OTHER)) == [MLP]
+
+
+def test_a_folder_without_saes_names_the_formats_that_are_read(tmp_path: Path):
+    with pytest.raises(InputError, match=r"neither a release of safesail nor an SAE in a known format \(SAELens,"):
+        Sae.from_pretrained(tmp_path, MLP)
 
 
 def test_a_manifest_cannot_lead_out_of_its_folder(release: Path):

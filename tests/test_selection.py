@@ -425,6 +425,7 @@ def test_every_number_stands_beside_its_options(tmp_path: Path):
     assert selection["options"] == {
         "pairs": ["mine.jsonl"],
         "n_pairs": 30,
+        "seed": 0,
         "reduction": "mean",
         "activity_quantile": 0.9,
         "criterion": "above_null",

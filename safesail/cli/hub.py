@@ -32,7 +32,7 @@ def publish(
     if dry_run:
         print(json.dumps(plan.to_json()) if as_json else "\n".join(plan.lines()))
         return
-    published = carry_out(plan, say=(lambda line: None) if as_json else lambda line: print(line, flush=True))
+    published = carry_out(plan, say=_nothing if as_json else print)
     print(json.dumps(published.to_json()) if as_json else "\n".join(published.lines()))
 
 
@@ -73,7 +73,11 @@ def convert(
     Examples:  safesail convert EleutherAI/sae-pythia-70m-32k pythia  or  safesail convert runs/demo out --to sparsify
     """
     from safesail.release.convert import convert as carry_out
-    from safesail.release.convert import lines, to_json
 
-    converted = carry_out(source, target, to, sae_id)
-    print(json.dumps(to_json(converted)) if as_json else "\n".join(lines(converted)))
+    certificates = carry_out(source, target, to, sae_id, say=_nothing if as_json else print)
+    if as_json:
+        print(json.dumps([certificate._asdict() for certificate in certificates]))
+
+
+def _nothing(line: str) -> None:
+    """What a verb says meanwhile when only its result is asked for."""

@@ -1,29 +1,37 @@
 """The README of every published folder: facts computed here, printed by the templates in `cards/`.
 
-A fact that is absent is absent from the card. Text that came from a model or a corpus goes through `md_cell`, so that
-it can neither break a table nor become markup.
+A fact that is absent is absent from the card. Text that came from a model, a corpus or a recipe goes through the
+filters of `release.inert`, so that it can neither break a table nor become markup.
 """
 
-import html
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from safesail import __version__
 from safesail.assets import asset
 from safesail.metrics import DEFINITIONS
+from safesail.neurons import WEAK_BELOW
 from safesail.recipe import Recipe
+from safesail.release.columns import column_table
 from safesail.release.contrast import activity_test, group_table, pair_table, threshold_table
 from safesail.release.facts import Facts
-from safesail.release.front_matter import FRONT_MATTER
+from safesail.release.front_matter import CONFIGS, FRONT_MATTER, base_model_id, hub_sources
+from safesail.release.inert import json_row, md_cell, md_code, one_line
+from safesail.release.licences import card_licence, check, licence_of_texts
 from safesail.release.methods import confusion_table, cost_table, definition, method_table, total_cost
+from safesail.release.recipe_file import recipe_toml
 from safesail.release.summary import (
     candidate_table,
+    card_sae_table,
     domain_table,
+    domains_summary,
     markdown,
-    sae_table,
     score_bands,
     selection_table,
+    short_domain_table,
     status_table,
 )
 from safesail.release.tables import split_name
@@ -32,11 +40,17 @@ from safesail.taxonomy import Taxonomy
 __all__ = ["card_facts", "md_cell", "render", "write_cards"]
 
 Row = dict[str, Any]
+_FEW = 10
+"""A domain with fewer neurons than this is named among the limits."""
 
 
 def write_cards(recipe: Recipe, facts: Facts, neurons: list[Row], taxonomy: Taxonomy, folder: Path) -> None:
-    """Write README.md into saes/, neurons/, examples/ and inspector/ below `folder`."""
-    known = card_facts(recipe, facts, neurons, taxonomy)
+    """Write README.md into saes/, neurons/, examples/ and inspector/ below `folder`, and saes/recipe.toml.
+
+    The tables in neurons/ and examples/ must be there already: their columns are read from them.
+    """
+    (folder / "saes/recipe.toml").write_text(recipe_toml(recipe), encoding="utf-8")
+    known = card_facts(recipe, facts, neurons, taxonomy) | _columns(folder, facts, neurons)
     for part in ("saes", "neurons", "examples", "inspector"):
         front = FRONT_MATTER[part](known)
         text = render(f"{part}.md", front_matter=front, **known)
@@ -55,55 +69,68 @@ def render(template: str, **facts: Any) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters["md_cell"] = md_cell
+    environment.filters |= {"md_cell": md_cell, "md_code": md_code}
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(facts))
 
 
-def md_cell(value: Any, longest: int = 160) -> str:
-    """Any text as the inert content of one Markdown table cell: one line, no markup, no HTML, no cell border."""
-    text = " ".join(str("" if value is None else value).split())
-    if len(text) > longest:
-        text = text[: longest - 1] + "…"
-    text = html.escape(text, quote=False)
-    return re.sub(r"[\\`*_{}\[\]()#+!|~$:@-]|(?<=www)\.", lambda found: f"&#{ord(found[0])};", text)
-
-
-def card_facts(recipe: Recipe, facts: Facts, neurons: list[Row], taxonomy: Taxonomy) -> dict[str, Any]:
-    """Everything the templates may print, measured or declared."""
+def card_facts(recipe: Recipe, facts: Facts, neurons: list[Row], taxonomy: Taxonomy) -> Row:
+    """Everything the templates may print but the columns of the tables, measured or declared."""
     return {
         **_release(recipe, facts),
-        **_sweep(recipe, facts),
+        **_licences(recipe, facts),
+        **_sweep(recipe, facts, neurons),
         **_selection(facts, list(taxonomy.domain_ids)),
         **_neurons(neurons, taxonomy),
         **_asked(recipe, facts),
     }
 
 
-def _release(recipe: Recipe, facts: Facts) -> dict[str, Any]:
+def _release(recipe: Recipe, facts: Facts) -> Row:
     """What it is called and what it was made from."""
-    organization = recipe.publish.organization or "your-organization"
+    organization, known = recipe.publish.organization or "your-organization", base_model_id(recipe)
     harvest = facts.records["harvest"]
-    by_origin = {source.title: source for source in recipe.corpus.sources}
     return {
         "name": recipe.name,
         "title": recipe.publish.title or recipe.name,
         "repository": f"{organization}/{recipe.name}",
         "recipe": recipe,
         "base_model": recipe.model.name,
+        "model_link": f"[{known}](https://huggingface.co/{known})" if known else md_cell(recipe.model.name),
+        "base_model_revision": recipe.model.revision,
         "base_model_note": recipe.model.note,
         "version": __version__,
+        "release_version": recipe.publish.version,
+        "gate": recipe.publish.gate,
         "n_tokens": harvest["n_tokens"],
         "n_documents": harvest["n_documents"],
-        "sources": [(name, n, by_origin[name].licence) for name, n in harvest["tokens_by_source"].items()],
         "n_examples": len(facts.examples),
+        "chosen_by_words": any(source.about for source in recipe.corpus.sources),
         "n_near_misses": sum(row["stratum"] == "near-miss" for row in facts.examples),
     }
 
 
-def _sweep(recipe: Recipe, facts: Facts) -> dict[str, Any]:
+def _licences(recipe: Recipe, facts: Facts) -> Row:
+    """The texts with their licences, and what there is to say of the licences of all parts."""
+    by_origin = {source.title: source.licence for source in recipe.corpus.sources}
+    tokens = facts.records["harvest"]["tokens_by_source"]
+    sources = [(name, n, by_origin[name]) for name, n in tokens.items()]
+    return {
+        "sources": sources,
+        "hub_sources": hub_sources(recipe),
+        "licence": _shown_licence(card_licence(recipe.publish.licence)),
+        "licence_of_texts": _shown_licence(licence_of_texts([licence for _, _, licence in sources])),
+        "licence_notes": [problem.sentence for problem in check(recipe)],
+    }
+
+
+def _shown_licence(front: Row) -> str:
+    return front.get("license_name", front["license"])
+
+
+def _sweep(recipe: Recipe, facts: Facts, neurons: list[Row]) -> Row:
     """The SAEs and how faithful they are."""
     selected, curve = facts.selection["selected"], facts.curve
-    first = next(iter(selected))
+    first, chosen = next(iter(selected)), [row for row in curve if row["selected"]]
     return {
         "example_hook_point": first,
         "example_sae_id": selected[first],
@@ -112,15 +139,24 @@ def _sweep(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         "trained_as": [_TRAINED_AS[name] for name in recipe.train.architectures],
         "hook_points": list(selected),
         "d_in": facts.activations.facts["d_in"][first],
-        "sae_table": markdown(*sae_table(curve)),
+        "n_saes": len(curve),
+        "sae_table": markdown(*card_sae_table(curve, neurons)),
         "curve": curve,
         "curve_alt": md_cell(f"Panels of FVU and I_CDF against L0; selected: {', '.join(selected.values())}", 400),
         "n_ce_tokens": facts.records["eval"]["n_ce_tokens"],
         "definitions": DEFINITIONS,
+        "unexplained": _range([100 * row["fvu"] for row in chosen if row["fvu"] is not None]),
+        "dead": _range([100 * row["dead"] for row in chosen if row["dead"]]),
     }
 
 
-def _selection(facts: Facts, domain_ids: list[str]) -> dict[str, Any]:
+def _range(values: list[float]) -> str:
+    """`18 to 39`, or `18` where both ends look alike; empty for none."""
+    ends = [f"{value:.0f}" if value >= 1 else f"{value:.1g}" for value in (min(values), max(values))] if values else []
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _selection(facts: Facts, domain_ids: list[str]) -> Row:
     """How SAEs and latents were chosen, with the options that every number depends on."""
     options = facts.selection["options"]
     pairs = pair_table(facts.pairs, domain_ids)
@@ -128,6 +164,7 @@ def _selection(facts: Facts, domain_ids: list[str]) -> dict[str, Any]:
     return {
         "options": options,
         "pair_sets": [md_cell(name) for name in options["pairs"]],
+        "pair_languages": list(dict.fromkeys(pair.language for pair in facts.pairs)),
         "activity_test": activity_test(options),
         "pair_table": markdown(*pairs),
         "selection_table": markdown(*selection_table(facts.curve)),
@@ -138,25 +175,35 @@ def _selection(facts: Facts, domain_ids: list[str]) -> dict[str, Any]:
     }
 
 
-def _neurons(neurons: list[Row], taxonomy: Taxonomy) -> dict[str, Any]:
+def _neurons(neurons: list[Row], taxonomy: Taxonomy) -> Row:
     """What the main table holds."""
+    domain_ids = list(taxonomy.domain_ids)
+    groups = {group["domain"]: group["n"] for group in domains_summary(neurons, domain_ids)}
+    both = [row for row in neurons if row["score"] is not None and row["lexical_score"] is not None]
+    best = [row for row in neurons if row["domains"] and row["explanation"]][:8]
     return {
-        "domain_table": markdown(*domain_table(neurons, list(taxonomy.domain_ids))),
+        "domain_table": markdown(*domain_table(neurons, domain_ids)),
+        "short_domain_table": markdown(*short_domain_table(neurons, domain_ids)),
         "score_table": markdown(["score", "neurons"], [[band, str(n)] for band, n in score_bands(neurons)]),
         "n_neurons": len(neurons),
         "n_tagged": sum(bool(row["domains"]) for row in neurons),
-        "n_weak": sum(row["score"] is not None and row["score"] <= 0.2 for row in neurons),
+        "n_weak": sum(row["score"] is not None and row["score"] <= WEAK_BELOW for row in neurons),
         "n_scored": sum(row["score"] is not None for row in neurons),
-        "n_failed": sum(row["explanation"] is None for row in neurons),
-        "best": [row for row in neurons if row["domains"] and row["explanation"]][:8],
+        "n_beside_lexical": len(both),
+        "n_above_lexical": sum(row["score"] > row["lexical_score"] for row in both),
+        "best": best,
+        "subjects": _and([one_line(domain.name).lower() for domain in taxonomy.domains]),
         "tagger": neurons[0]["tagger"] if neurons else "",
-        "missing_domains": [
-            domain.name for domain in taxonomy.domains if not any(domain.id in row["domains"] for row in neurons)
-        ],
+        "missing_domains": [name for name in domain_ids if not groups[name]],
+        "few_domains": {name: groups[name] for name in domain_ids if 0 < groups[name] < _FEW},
     }
 
 
-def _asked(recipe: Recipe, facts: Facts) -> dict[str, Any]:
+def _and(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _asked(recipe: Recipe, facts: Facts) -> Row:
     """What the language models answered, how far it predicts the neurons, and what it cost."""
     scores, explanations, refused = facts.scores, facts.explanations, facts.records["explain"].get("refused_by_domain")
     confusion, costs = confusion_table(scores), cost_table(explanations, scores)
@@ -166,6 +213,7 @@ def _asked(recipe: Recipe, facts: Facts) -> dict[str, Any]:
         "language": facts.language,
         "splits": [split_name(language) for language in facts.languages],
         "explainers": list(dict.fromkeys(row["explainer"] for row in explanations)),
+        "prompts": list(dict.fromkeys(row["prompt_hash"] for row in explanations)),
         "explains_itself": recipe.explain.backend == "local" and not recipe.explain.model,
         "status_table": markdown(*status_table(explanations, scores)),
         "refused_by_domain": {domain: n for domain, n in (refused or {}).items() if n},
@@ -179,6 +227,19 @@ def _asked(recipe: Recipe, facts: Facts) -> dict[str, Any]:
 
 def _simulators(scores: list[Row], method: str) -> list[str]:
     return list(dict.fromkeys(row["simulator"] for row in scores if row["method"] == method and row["simulator"]))
+
+
+def _columns(folder: Path, facts: Facts, neurons: list[Row]) -> Row:
+    """The columns of every config as they stand in its file, and a row of the main table. folder: the release."""
+    files = {name: folder / "neurons" / name / "train.parquet" for name in CONFIGS}
+    files["explanations"] = folder / "neurons/explanations" / f"{facts.language}.parquet"
+    first = next((row for row in neurons if row["domains"] and row["explanation"]), (neurons or [None])[0])
+    row = {name: first[name] for name in pq.read_schema(files["neurons"]).names} if first else {}
+    return {
+        "columns": {name: markdown(*column_table(file)) for name, file in files.items()},
+        "example_columns": markdown(*column_table(folder / "examples/examples/train.parquet")),
+        "example_row": json_row(row) if row else "",
+    }
 
 
 _TRAINED_AS = {

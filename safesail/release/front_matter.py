@@ -3,14 +3,17 @@
 from typing import Any
 
 from safesail.metrics import DEFINITIONS
+from safesail.recipe import Recipe
+from safesail.release.inert import one_line
+from safesail.release.licences import card_licence, licence_of_texts
 from safesail.release.tables import split_name
 
-__all__ = ["CONFIGS", "FRONT_MATTER", "licence_of_texts"]
+__all__ = ["CONFIGS", "FRONT_MATTER", "base_model_id", "hub_sources", "metric_id"]
 
 Row = dict[str, Any]
 CONFIGS = ("neurons", "explanations", "scores", "quantiles", "selection", "contrast", "pairs")
 """The configs of the neurons data set, the default one first."""
-_KNOWN_LICENCES = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0"}
+_TAGS = ["sparse-autoencoder", "interpretability", "safety", "safe-sail"]
 _LABELS = {
     "explained_variance": "Explained variance",
     "fvu": "Fraction of variance unexplained",
@@ -24,98 +27,190 @@ _LABELS = {
     "i_cdf": "I_CDF",
     "above_null": "I_CDF above its null",
 }
+_OF_PAIRS = ("i_cdf", "above_null")
+_GRADIO = "6.31.0"
+"""What the inspector was last run with, within what the `space` extra allows: a Space names one version."""
 
 
-def _saes_front(facts: dict[str, Any]) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
-    results = [
-        EvalResult(
-            task_type="feature-extraction",
-            dataset_type="held-out-texts",
-            dataset_name="held-out documents of the training mix",
-            metric_type=metric_id(key),
-            metric_name=f"{label} ({row['sae_id']})",
-            metric_value=float(f"{row[key]:.6g}"),
-        )
-        for row in facts["curve"]
-        if row["selected"]
-        for key, label in _LABELS.items()
-        if row[key] is not None
-    ]
-    return ModelCardData(
-        base_model=facts["base_model"],
-        eval_results=results,
-        language=list(facts["recipe"].publish.languages),
-        library_name="safesail",
-        license=facts["recipe"].publish.licence,
-        model_name=facts["name"],
-        tags=["sparse-autoencoder", "interpretability", "safety", "saelens"],
-    ).to_yaml()
+def base_model_id(recipe: Recipe) -> str | None:
+    """The base model's Hub id; None where the recipe names a local folder alone."""
+    return _hub_id(recipe.model.name)
 
 
-def _dataset_front(facts: dict[str, Any], configs: list[Row], pretty: str, **extra: Any) -> str:
-    from huggingface_hub import DatasetCardData
-
-    languages = extra.pop("languages", facts["recipe"].publish.languages)
-    return DatasetCardData(
-        language=list(languages),
-        **{"license": facts["recipe"].publish.licence, **extra},
-        pretty_name=pretty,
-        tags=["sparse-autoencoder", "interpretability", "safety"],
-        configs=configs,
-    ).to_yaml()
-
-
-def _neurons_front(facts: dict[str, Any]) -> str:
-    by_language = [{"split": split_name(name), "path": f"explanations/{name}.parquet"} for name in facts["languages"]]
-    files = {name: [{"split": "train", "path": f"{name}/train.parquet"}] for name in CONFIGS}
-    files["explanations"] = by_language
-    configs: list[Row] = [{"config_name": name, "data_files": files[name]} for name in CONFIGS]
-    configs[0]["default"] = True
-    languages = dict.fromkeys((*facts["recipe"].publish.languages, *facts["languages"]))
-    return _dataset_front(facts, configs, f"{facts['title']}: neurons", languages=languages)
-
-
-def _examples_front(facts: dict[str, Any]) -> str:
-    files = [{"split": "train", "path": "examples/train.parquet"}]
-    configs = [{"config_name": "examples", "data_files": files, "default": True}]
-    return _dataset_front(
-        facts,
-        configs,
-        f"{facts['title']}: examples",
-        **licence_of_texts(facts["sources"]),
-        extra_gated_heading="These texts contain offensive and disturbing content",
-        extra_gated_prompt="The examples are excerpts on which safety-related neurons fire. "
-        "They are for research on the safety of language models.",
-    )
-
-
-def licence_of_texts(sources: list[tuple[str, int, str]]) -> Row:
-    """The licence of excerpts: that of their sources where all agree, else `other`, with the table in the card."""
-    licences = {licence for _, _, licence in sources}
-    if len(licences) == 1 and licences <= _KNOWN_LICENCES:
-        return {"license": licences.pop()}
-    return {"license": "other", "license_name": "licences-of-the-sources"}
-
-
-def _space_front(facts: dict[str, Any]) -> str:
-    from huggingface_hub import SpaceCardData
-
-    return SpaceCardData(
-        title=facts["title"],
-        sdk="gradio",
-        app_file="app.py",
-        license=facts["recipe"].publish.licence,
-        models=[f"{facts['repository']}-saes", facts["base_model"]],
-        datasets=[f"{facts['repository']}-neurons", f"{facts['repository']}-examples"],
-        short_description="Which safety neurons fire on which token",
-    ).to_yaml()
+def hub_sources(recipe: Recipe) -> list[str]:
+    """The Hub ids among the sources of the texts: what was loaded from there, or is named as its origin."""
+    found = (_hub_id(source.origin) or _hub_id(_public_path(source)) for source in recipe.corpus.sources)
+    return list(dict.fromkeys(name for name in found if name))
 
 
 def metric_id(key: str) -> str:
     """The definition id of a metric, as `l0/v1`: the newest one where there are several."""
     return [known for known in DEFINITIONS if known.startswith(f"{key}/")][-1]
+
+
+# --- the four cards -----------------------------------------------------------------------------------------------
+
+
+def _saes_front(facts: Row) -> str:
+    """The Hub knows four relations to a base model: adapter, finetune, merge and quantized.
+
+    An SAE is weights of its own that are of use beside the unchanged base model alone, as an adapter's are; without
+    the line the Hub would list it among the fine-tunes.
+    """
+    from huggingface_hub import ModelCardData
+
+    recipe, base_model = facts["recipe"], base_model_id(facts["recipe"])
+    data: Row = {"base_model": base_model, "base_model_relation": "adapter"} if base_model else {}
+    return ModelCardData(
+        **data,
+        datasets=hub_sources(recipe) or None,
+        eval_results=[_result(facts, row, key) for row in facts["curve"] if row["selected"] for key in _known(row)],
+        **_languages(recipe.publish.languages),
+        library_name="safesail",
+        **card_licence(recipe.publish.licence),
+        model_name=facts["name"],
+        pipeline_tag="feature-extraction",
+        tags=[*_TAGS, "saelens"],
+    ).to_yaml()
+
+
+def _known(row: Row) -> list[str]:
+    return [key for key in _LABELS if row[key] is not None]
+
+
+def _result(facts: Row, row: Row, key: str) -> Any:
+    """A metric of an SAE for the model-index; `args` is the one place there that can hold its interval.
+
+    What is measured on pairs is measured on a published data set; the held-out texts are not published.
+    """
+    from huggingface_hub import EvalResult
+
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    interval = {} if low is None or high is None else {"interval": [_six(low), _six(high)], "confidence": 0.95}
+    on_pairs = key in _OF_PAIRS
+    return EvalResult(
+        task_type="feature-extraction",
+        dataset_type=f"{facts['repository']}-neurons" if on_pairs else "held-out-texts",
+        dataset_name="concept contrastive query pairs" if on_pairs else "held-out documents of the training mix",
+        dataset_config="pairs" if on_pairs else None,
+        metric_type=metric_id(key),
+        metric_name=f"{_LABELS[key]} ({row['sae_id']})",
+        metric_value=_six(row[key]),
+        metric_args={"sae": row["sae_id"], **interval},
+    )
+
+
+def _neurons_front(facts: Row) -> str:
+    by_language = [{"split": split_name(name), "path": f"explanations/{name}.parquet"} for name in facts["languages"]]
+    files = {name: [{"split": "train", "path": f"{name}/train.parquet"}] for name in CONFIGS}
+    files["explanations"] = by_language
+    configs: list[Row] = [{"config_name": name, "data_files": files[name]} for name in CONFIGS]
+    configs[0]["default"] = True
+    languages = (*facts["recipe"].publish.languages, *facts["languages"])
+    more = {**_languages(languages), **card_licence(facts["recipe"].publish.licence)}
+    return _dataset_front(facts, "neurons", configs, facts["n_neurons"], **more)
+
+
+def _examples_front(facts: Row) -> str:
+    files = [{"split": "train", "path": "examples/train.parquet"}]
+    configs = [{"config_name": "examples", "data_files": files, "default": True}]
+    more = {
+        **_languages(facts["recipe"].publish.languages),
+        **licence_of_texts([licence for _, _, licence in facts["sources"]]),
+        **_gate(facts["recipe"].publish.gate, facts["subjects"]),
+    }
+    tags = ["not-for-all-audiences"]
+    return _dataset_front(facts, "examples", configs, facts["n_examples"], tags=tags, **more)
+
+
+def _dataset_front(facts: Row, part: str, configs: list[Row], n_rows: int, **more: Any) -> str:
+    from huggingface_hub import DatasetCardData
+
+    return DatasetCardData(
+        pretty_name=one_line(f"{facts['title']}: {part}"),
+        annotations_creators=["machine-generated"],
+        language_creators=["found"],
+        size_categories=[_size(n_rows)],
+        tags=[*_TAGS, *more.pop("tags", [])],
+        configs=configs,
+        **more,
+    ).to_yaml()
+
+
+def _gate(gate: str, subjects: str) -> Row:
+    """What the Hub asks before it gives the files out. subjects: the domains, in words."""
+    answer = "A person decides on every request." if gate == "manual" else "Access is given as soon as you agree."
+    return {
+        "extra_gated_heading": "These texts contain offensive and disturbing content",
+        "extra_gated_description": answer,
+        "extra_gated_prompt": f"The examples are excerpts on which neurons fire that have to do with {subjects}, as "
+        "they were found. They are for research on the safety of language models.",
+        "extra_gated_fields": {
+            "Affiliation": "text",
+            "Purpose": {"type": "select", "options": ["Research", "Evaluation or moderation", "Education", "Other"]},
+            "I will not use these texts to make harmful content, and will not try to identify persons": "checkbox",
+            "I am of age and agree to see offensive content": "checkbox",
+        },
+        "extra_gated_button_content": "Agree and ask for access" if gate == "manual" else "Agree and get access",
+    }
+
+
+def _space_front(facts: Row) -> str:
+    from huggingface_hub import SpaceCardData
+
+    recipe, base_model = facts["recipe"], base_model_id(facts["recipe"])
+    return SpaceCardData(
+        title=one_line(facts["title"]),
+        emoji="🔎",
+        colorFrom="gray",
+        colorTo="indigo",
+        sdk="gradio",
+        sdk_version=_GRADIO,
+        python_version="3.11",  # the default of the Hub is older than what safesail needs
+        app_file="app.py",
+        **card_licence(recipe.publish.licence),
+        models=[f"{facts['repository']}-saes", *([base_model] if base_model else [])],
+        datasets=[f"{facts['repository']}-neurons", f"{facts['repository']}-examples"],
+        tags=_TAGS,
+        short_description="Which safety neurons fire on which token",
+        suggested_hardware="cpu-basic" if recipe.model.dtype == "float32" else "l4x1",  # bfloat16 is for GPUs
+    ).to_yaml()
+
+
+# --- values -------------------------------------------------------------------------------------------------------
+
+
+def _hub_id(name: str) -> str | None:
+    """The name, if it is of the form that the Hub's ids have: `org/name`."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if "/" in name else None
+
+
+def _public_path(source: Any) -> str:
+    return source.model_copy(update={"origin": ""}).title  # a Hub id as it is, of a local file the name
+
+
+def _languages(names: Any) -> Row:
+    """The Hub knows codes of two or three letters; a code with a script or region stands in a line of its own."""
+    codes = list(dict.fromkeys(one_line(name) for name in names))
+    with_parts = {"language_bcp47": codes} if any("-" in code for code in codes) else {}
+    return {"language": list(dict.fromkeys(code.partition("-")[0] for code in codes)), **with_parts}
+
+
+def _size(n_rows: int) -> str:
+    """The Hub's category of a data set's size, as `1K<n<10K`: by the number of digits."""
+    names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M")
+    return names[min(max(len(str(n_rows)) - 3, 0), len(names) - 1)]
+
+
+def _six(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 FRONT_MATTER = {"saes": _saes_front, "neurons": _neurons_front, "examples": _examples_front, "inspector": _space_front}

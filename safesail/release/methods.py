@@ -81,17 +81,17 @@ def confusion_table(scores: list[Row]) -> Table:
 
 
 def cost_table(explanations: list[Row], scores: list[Row]) -> Table:
-    """The tokens and the price of the explanations, and of each method that asked a language model."""
+    """The tokens and the price of the explanations, of each method that asked a language model, and of all."""
     header = ["", "prompt tokens", "completion tokens", "USD"]
     groups = {"explanations": explanations}
-    groups |= {f"scores, `{method}`": rows for method, rows in _groups(scores, lambda row: row["method"]).items()}
+    groups |= {f"scores, {method}": rows for method, rows in _groups(scores, lambda row: row["method"]).items()}
+    asked = {name: rows for name, rows in groups.items() if any(row["prompt_tokens"] for row in rows)}
     cells = []
-    for name, rows in groups.items():
+    for name, rows in (asked | ({"all": [*explanations, *scores]} if len(asked) > 1 else {})).items():
         tokens = [sum(row[kind] for row in rows) for kind in ("prompt_tokens", "completion_tokens")]
-        if any(tokens):
-            cost = total_cost(rows)
-            price = _NO_PRICE if cost is None else f"{cost:.4f}" if cost else "0"
-            cells.append([name, *(f"{n:,}" for n in tokens), price])
+        cost = total_cost(rows)
+        price = _NO_PRICE if cost is None else f"{cost:.4f}" if cost else "0"
+        cells.append([name, *(f"{n:,}" for n in tokens), price])
     return header, cells
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "STATUSES",
     "aligned",
     "candidate_table",
+    "card_sae_table",
     "curve_lines",
     "domain_table",
     "domains_summary",
@@ -21,6 +22,7 @@ __all__ = [
     "sae_table",
     "score_bands",
     "selection_table",
+    "short_domain_table",
     "status_lines",
     "status_table",
     "variant_of",
@@ -208,6 +210,7 @@ def score_bands(neurons: list[Row]) -> list[tuple[str, int]]:
 
 def markdown(header: list[str], cells: list[list[str]]) -> str:
     """A Markdown table; cells must be escaped already where they hold foreign text."""
+    assert not any(set(cell) & set("|<\n") for row in [header, *cells] for cell in row), "a cell breaks its table"
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
 
@@ -223,6 +226,27 @@ def aligned(header: list[str], cells: list[list[str]]) -> str:
         for row in [header, *cells]
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def card_sae_table(curve: list[Row], neurons: list[Row]) -> Table:
+    """`sae_table` for the model card: the selected SAEs in bold, with the number of their neurons that carry a domain.
+
+    neurons: the main table.
+    """
+    header, cells = sae_table(curve)
+    n_of = Counter(row["hook_point"] for row in neurons if row["domains"])
+    rows = [
+        [f"**{name}**", *numbers, str(n_of[name.rpartition("/")[0]])] if selected else [name, *numbers, ""]
+        for name, *numbers, selected in cells
+    ]
+    return [*header[:-1], "neurons with a domain"], rows
+
+
+def short_domain_table(neurons: list[Row], domain_ids: list[str]) -> Table:
+    """Per domain, how many neurons there are and how far their explanations predict them. neurons: the main table."""
+    header, cells = domain_table(neurons, domain_ids)
+    kept = [header.index(name) for name in ("domain", "neurons", "median score", f"score > {WEAK_BELOW:g}")]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in cells]
 
 
 def _group(name: str, rows: list[Row]) -> Row:

@@ -16,25 +16,38 @@ from safesail.run import write_json
 from safesail.taxonomy import Taxonomy
 from safesail.training.fidelity import FIDELITY
 
-__all__ = ["neuron_rows", "split_name", "write_neurons", "write_table"]
+__all__ = [
+    "CANDIDATES",
+    "EXPLANATIONS",
+    "NEURONS",
+    "PAIRS",
+    "QUANTILES",
+    "SCORES",
+    "contrast_schema",
+    "neuron_rows",
+    "selection_schema",
+    "split_name",
+    "write_neurons",
+    "write_table",
+]
 
 Row = dict[str, Any]
 
 
 def write_neurons(facts: Facts, rows: list[Row], folder: Path) -> None:
     """Write every config of the data set below `folder`. rows: of the main table, by `neuron_rows`."""
-    write_table(folder / "neurons/train.parquet", rows, _NEURONS)
+    write_table(folder / "neurons/train.parquet", rows, NEURONS)
     for language in facts.languages:
         mine = [row for row in facts.explanations if row["language"] == language]
-        write_table(folder / f"explanations/{language}.parquet", mine, _EXPLANATIONS)
+        write_table(folder / f"explanations/{language}.parquet", mine, EXPLANATIONS)
     write_json(folder / "languages.json", facts.languages)
-    write_table(folder / "scores/train.parquet", facts.scores, _SCORES)
-    write_table(folder / "quantiles/train.parquet", facts.statistics, _QUANTILES)
+    write_table(folder / "scores/train.parquet", facts.scores, SCORES)
+    write_table(folder / "quantiles/train.parquet", facts.statistics, QUANTILES)
     curve = [row | _by_threshold(row) for row in facts.curve]
-    write_table(folder / "selection/train.parquet", curve, _selection(facts.thresholds))
-    write_table(folder / "contrast/train.parquet", facts.contrast, _contrast(facts.thresholds))
+    write_table(folder / "selection/train.parquet", curve, selection_schema(facts.thresholds))
+    write_table(folder / "contrast/train.parquet", facts.contrast, contrast_schema(facts.thresholds))
     pairs = [pair.model_dump(by_alias=True) for pair in facts.pairs]  # `with` and `without`, as in the file
-    write_table(folder / "pairs/train.parquet", pairs, _PAIRS)
+    write_table(folder / "pairs/train.parquet", pairs, PAIRS)
 
 
 def write_table(path: Path, rows: list[Row], schema: pa.Schema) -> None:
@@ -158,14 +171,16 @@ def _schema(names: str) -> pa.Schema:
     return pa.schema([(name, types.get(name, pa.float64())) for name in names.split()])
 
 
-def _selection(thresholds: list[str]) -> pa.Schema:
+def selection_schema(thresholds: list[str]) -> pa.Schema:
+    """Columns of the `selection` table, two for each threshold of L_{0,t}."""
     fidelity = " ".join(f"{name}{end}" for name in FIDELITY for end in ("", "_low", "_high"))
     settings = "sae_id selected as_good_as_best architecture k coefficient"
     contrast = f"{_I_CDF} i_cdf_swapped above_null_low above_null_high"
     return _schema(f"{settings} {fidelity} {contrast} {_l0_t(thresholds)}")
 
 
-def _contrast(thresholds: list[str]) -> pa.Schema:
+def contrast_schema(thresholds: list[str]) -> pa.Schema:
+    """Columns of the `contrast` table, two for each threshold of L_{0,t}."""
     settings = "sae_id selected grouping group n_pairs reduction activity_quantile"
     return _schema(f"{settings} {_I_CDF} {_l0_t(thresholds)}")
 
@@ -178,25 +193,27 @@ _TYPES = {
     pa.string(): "explanation category concept status snippet neuron_id hook_point explainer simulator tagger language "
     "detail prompt_hash method sae_id architecture grouping group reduction id domain with without",
     pa.list_(pa.string()): "domains candidate_for",
-    pa.bool_(): "selected as_good_as_best",
+    pa.bool_(): "selected as_good_as_best explained",
     pa.int16(): "layer",
     pa.int32(): "latent n_wins prompt_tokens completion_tokens n_units n_active n_texts true_positives false_positives "
-    "false_negatives true_negatives k n_pairs",
+    "false_negatives true_negatives k n_pairs n_lists n_entries",
     pa.int64(): "n_tokens",
 }
 _I_CDF = "i_cdf i_cdf_low i_cdf_high i_cdf_null i_cdf_null_high i_cdf_p above_null"
 _SPENT = "prompt_tokens completion_tokens cost_usd"
-_NEURONS = _schema(
+NEURONS = _schema(
     "explanation domains category concept score score_low score_high lexical_score confidence status firing_rate q999 "
     "max_activation snippet neuron_id hook_point layer latent candidate_for n_wins p_value q_value explainer simulator "
     f"tagger {_SPENT}"
 )
-_EXPLANATIONS = _schema(f"neuron_id language explanation status detail confidence explainer prompt_hash {_SPENT}")
-_SCORES = _schema(
+EXPLANATIONS = _schema(f"neuron_id language explanation status detail confidence explainer prompt_hash {_SPENT}")
+SCORES = _schema(
     "neuron_id language method simulator score low high auroc n_units n_active n_texts true_positives false_positives "
     f"false_negatives true_negatives status detail {_SPENT}"
 )
-_QUANTILES = _schema(
+QUANTILES = _schema(
     "neuron_id hook_point latent n_tokens firing_rate p50 p90 p99 p999 p9999 max median_active normaliser"
 )
-_PAIRS = _schema("id domain category concept language with without")
+PAIRS = _schema("id domain category concept language with without")
+CANDIDATES = _schema("neuron_id hook_point layer latent n_lists n_entries explained")
+"""Of a converted data set: the latents of the source's index lists."""

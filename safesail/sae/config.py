@@ -1,11 +1,12 @@
 """What an SAE is: its shape, where it reads, and which tokens it was trained on. Stored as `cfg.json`."""
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from safesail.errors import InputError
-from safesail.hook_names import transformer_lens_name
+from safesail.hook_names import from_module_path, from_transformer_lens, transformer_lens_name
 from safesail.recipe import Architecture, Section, TokenPolicy
 
 __all__ = ["SaeConfig"]
@@ -26,6 +27,8 @@ _SAELENS = {
     "apply_b_dec_to_input": True,
     "reshape_activations": "none",
 }
+_LONGEST = 500
+"""Characters of a text in another tool's metadata that is kept."""
 _SAELENS_TOPK = {"rescale_acts_by_decoder_norm": False}
 
 
@@ -35,6 +38,8 @@ class SaeConfig(Section):
     d_in: int = Field(ge=1)
     d_sae: int = Field(ge=1)
     hook_point: str
+    """The module path below the base model (`layers.9.mlp`); where another tool read what is no module's output, its
+    name for that; empty where its files do not say."""
     architecture: Architecture = "topk"
     k: int | None = Field(default=None, ge=1)
     """Active latents per token: exactly (topk) or on average in training (batchtopk, matryoshka)."""
@@ -48,8 +53,13 @@ class SaeConfig(Section):
     median_norm: float | None = None
     """The median activation norm at the hook point, to which `token_policy.sink_norm_multiple` refers."""
 
+    extra: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """What else the file of another tool says of the SAE in its metadata, kept in ours."""
+
     @model_validator(mode="after")
     def _valid(self) -> "SaeConfig":
+        if not re.fullmatch(r"(\w[\w-]*(\.\w[\w-]*)*)?", self.hook_point):
+            raise ValueError(f"hook point {self.hook_point!r} is not a module path")
         if self.k is not None and self.k > self.d_sae:
             raise ValueError(f"k = {self.k} exceeds d_sae = {self.d_sae}")
         if self.architecture == "topk" and self.k is None:
@@ -74,7 +84,7 @@ class SaeConfig(Section):
     @property
     def sae_id(self) -> str:
         """Hook point and variant, as `layers.9.mlp/topk-k32-w4608`."""
-        return f"{self.hook_point}/{self.variant}"
+        return f"{self.hook_point}/{self.variant}" if self.hook_point else self.variant
 
     def to_json(self) -> dict[str, Any]:
         """The content of `cfg.json`, which SAELens reads unchanged."""
@@ -88,18 +98,19 @@ class SaeConfig(Section):
             **_SAELENS,
             **topk,
             "metadata": {
+                **self.extra,
                 "sae_lens_version": _SAELENS_FORMAT,
                 "architecture": self.architecture,
                 "k": self.k,
                 "coefficient": self.coefficient,
                 "model_name": self.model_name,
                 "hook_name": transformer_lens_name(self.hook_point),
-                "hf_hook_name": f"model.{self.hook_point}",
+                **({} if _is_foreign(self.hook_point) else {"hf_hook_name": f"model.{self.hook_point}"}),
                 "hook_point": self.hook_point,
                 "token_policy": self.token_policy.model_dump(),
                 "median_norm": self.median_norm,
                 "exclude_special_tokens": self.token_policy.exclude_special,
-                "prepend_bos": False,
+                "prepend_bos": self.extra.get("prepend_bos", False),
             },
         }
 
@@ -122,10 +133,11 @@ class SaeConfig(Section):
                 coefficient=metadata.get("coefficient"),
                 normalize_activations=data.get("normalize_activations") or "none",
                 dtype=data.get("dtype", "float32"),
-                hook_point=metadata.get("hook_point") or str(metadata.get("hf_hook_name", "")).removeprefix("model."),
+                hook_point=metadata.get("hook_point") or _hook_point(metadata),
                 model_name=metadata.get("model_name") or "",
-                token_policy=TokenPolicy.model_validate(metadata.get("token_policy") or {}),
+                token_policy=_token_policy(metadata),
                 median_norm=metadata.get("median_norm"),
+                extra=_extra(metadata),
             )
         except KeyError as error:
             raise InputError(f"{origin} lacks the key {error}.") from error
@@ -139,3 +151,35 @@ def _architecture(saelens: str, ours: Architecture | None, origin: str) -> Archi
     if saelens not in known:
         raise InputError(f"{origin}: architecture {saelens!r} is unknown; known: {', '.join(known)}.")
     return ours if ours and _SAELENS_ARCHITECTURE.get(ours) == saelens else known[saelens]
+
+
+def _is_foreign(hook_point: str) -> bool:
+    return not hook_point or hook_point.startswith(("blocks.", "hook_"))
+
+
+def _hook_point(metadata: dict[str, Any]) -> str:
+    """Our name of the place that SAELens' metadata names; its own name where that is no module's output."""
+    module, name = str(metadata.get("hf_hook_name") or ""), str(metadata.get("hook_name") or "")
+    translated = from_transformer_lens(name, str(metadata.get("model_name") or "")) or from_module_path(name)
+    return from_module_path(module) or translated or name or module
+
+
+def _token_policy(metadata: dict[str, Any]) -> TokenPolicy:
+    """Ours where it is there; else all tokens, or all but the special ones, as SAELens' metadata says."""
+    if metadata.get("token_policy"):
+        return TokenPolicy.model_validate(metadata["token_policy"])
+    return TokenPolicy(exclude_special=bool(metadata.get("exclude_special_tokens")), sink_norm_multiple=None)
+
+
+def _extra(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The short plain values of metadata that nothing else here holds, without paths of somebody's machine."""
+    held = {*SaeConfig.model_fields, "sae_lens_version", "hook_name", "hf_hook_name", "exclude_special_tokens"}
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key not in held
+        and isinstance(value, str | int | float | bool)
+        and len(str(value)) <= _LONGEST
+        and (key, value) != ("prepend_bos", False)
+        and not re.match(r"[/~\\]|\w:[/\\]", str(value))
+    }

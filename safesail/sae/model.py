@@ -1,13 +1,12 @@
 """The sparse autoencoder itself, and reading one from a folder or the Hub."""
 
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safesail.errors import InputError
@@ -21,6 +20,9 @@ from safesail.sae.sparse import Codes, above, decode, topk
 __all__ = ["Sae"]
 
 CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+MANIFEST_FILE, RELEASE_FILE, SCHEMA = "config.json", "safesail.json", 1
+_OF_A_RELEASE = {"selected", "saes", "safesail_version"}
+"""Keys of which a release's `config.json` has at least one, and other tools' none."""
 
 
 class Sae(nn.Module):
@@ -108,6 +110,17 @@ class Sae(nn.Module):
         flat = x.reshape(-1, self.config.d_in)
         return self.decode_sparse(self.encode_sparse(flat), like=flat).reshape(x.shape)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sae":
+        """What `to`, `half`, `cuda` and the like are made of; the threshold follows in its device alone.
+
+        Rounded, it would switch latents on and off.
+        """
+        exact = None if self.threshold is None else self.threshold.data.float()
+        super()._apply(fn, recurse)
+        if self.threshold is not None and exact is not None and self.threshold.dtype != exact.dtype:
+            self.threshold.data = exact.to(self.threshold.device)
+        return self
+
     def extra_repr(self) -> str:
         return f"{self.config.sae_id}, d_in={self.config.d_in}, d_sae={self.config.d_sae}"
 
@@ -135,64 +148,57 @@ class Sae(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "Sae":
-        """The SAE `sae_id` of a release's `saes` folder or Hub repository.
+        """The SAE `sae_id` of a release's `saes` folder or Hub repository, or of another tool's (`sae.formats`).
 
         `sae_id` is a hook point (`layers.9.mlp`: its selected variant) or hook point and variant
-        (`layers.9.mlp/topk-k32-w4608`). The other arguments mean what they mean in transformers.
+        (`layers.9.mlp/topk-k32-w4608`); elsewhere the id that the other tool uses, or a hook point that only one of its
+        SAEs reads. The other arguments mean what they mean in transformers.
         """
         repository = Repository(
             str(path_or_repo), "model", revision, token, cache_dir, force_download, local_files_only
         )
-        return cls._read(repository, _Manifest.of(repository).resolve(sae_id, repository.source), device, dtype)
+        if manifest := _Manifest.of(repository):
+            return cls._read(repository, manifest.resolve(sae_id, repository.source), device, dtype)
+        from safesail.sae.formats.read import foreign  # formats are read on top of this module
+
+        return foreign(repository, sae_id).sae.to(device=device, dtype=dtype)
 
     @classmethod
     def load_all(cls, path_or_repo: str | Path, **kwargs: Any) -> dict[str, "Sae"]:
-        """The selected SAE of every hook point, {hook point: Sae}; keyword arguments as in `from_pretrained`."""
-        options = {key: kwargs.pop(key) for key in ("device", "dtype") if key in kwargs}
+        """The selected SAE of every hook point, {hook point: Sae}; keyword arguments as in `from_pretrained`.
+
+        Another tool's folder or repository selects none: it must have one SAE per hook point.
+        """
+        options = {"device": kwargs.pop("device", "cpu"), "dtype": kwargs.pop("dtype", torch.float32)}
         repository = Repository(str(path_or_repo), "model", **kwargs)
-        return {
-            hook_point: cls._read(repository, sae_id, options.get("device", "cpu"), options.get("dtype", torch.float32))
-            for hook_point, sae_id in _Manifest.of(repository).selected.items()
-        }
+        if manifest := _Manifest.of(repository):
+            return {name: cls._read(repository, sae_id, **options) for name, sae_id in manifest.selected.items()}
+        from safesail.sae.formats.read import foreign_saes
+
+        return {found.sae.config.hook_point: found.sae.to(**options) for found in foreign_saes(repository)}
 
     @classmethod
     def _read(cls, repository: Repository, sae_id: str, device: str | torch.device, dtype: torch.dtype) -> "Sae":
         config = SaeConfig.from_json(
             repository.json(f"{sae_id}/{CONFIG_FILE}"), f"{repository.source}/{sae_id}/{CONFIG_FILE}"
         )
-        sae = cls.load(repository.file(f"{sae_id}/{WEIGHTS_FILE}"), config)
-        exact = None if sae.threshold is None else sae.threshold.data.float()
-        sae = sae.to(device=device, dtype=dtype)
-        if sae.threshold is not None and exact is not None:
-            sae.threshold.data = exact.to(device)  # rounded, it would switch latents on and off
-        return sae
+        return cls.load(repository.file(f"{sae_id}/{WEIGHTS_FILE}"), config).to(device=device, dtype=dtype)
 
     @classmethod
     def load(cls, weights: Path, config: SaeConfig) -> "Sae":
-        """The SAE in a safetensors file, checked against `config`: names, shapes and finiteness."""
+        """The SAE in a safetensors file, its names and shapes checked before it is read, its numbers after."""
+        from safesail.sae.formats.archive import entries, safetensors_of  # formats are read on top of this module
+        from safesail.sae.formats.checks import check_finite, check_shapes
+
         shapes = {
             "W_enc": (config.d_in, config.d_sae),
             "b_enc": (config.d_sae,),
             "W_dec": (config.d_sae, config.d_in),
             "b_dec": (config.d_in,),
         } | ({"threshold": (config.d_sae,)} if config.has_threshold else {})
-        try:
-            with safe_open(weights, framework="pt") as handle:
-                tensors = {name: handle.get_tensor(name) for name in shapes if name in handle.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise InputError(f"{weights} is not a readable safetensors file ({error}); download it again.") from error
-        for name, shape in shapes.items():
-            if name not in tensors:
-                raise InputError(
-                    f"{weights} has no tensor {name}; it holds {', '.join(sorted(tensors)) or 'none of ours'}."
-                )
-            if tuple(tensors[name].shape) != shape:
-                raise InputError(
-                    f"{weights}: {name} is {tuple(tensors[name].shape)}, but its cfg.json says {shape} "
-                    f"(d_in = {config.d_in}, d_sae = {config.d_sae}); the two files do not belong together."
-                )
-            if not math.isfinite(float(tensors[name].sum())):
-                raise InputError(f"{weights}: {name} holds values that are not finite; the file is damaged.")
+        check_shapes(entries(weights), shapes, str(weights), CONFIG_FILE)
+        tensors = safetensors_of(weights)
+        check_finite(tensors, str(weights))
         return cls(config, **tensors)
 
 
@@ -207,6 +213,14 @@ def read(folder: Path) -> Sae:
     return Sae.load(folder / WEIGHTS_FILE, read_config(folder))
 
 
+def _refuse_newer(data: Any, origin: str) -> None:
+    if isinstance(data, dict) and data.get("schema", SCHEMA) != SCHEMA:
+        raise InputError(
+            f"{origin} has schema {data['schema']!r}, and this safesail reads schema {SCHEMA}; "
+            "install a newer safesail with `pip install -U safesail`."
+        )
+
+
 class _Manifest(BaseModel):
     """What `config.json` of a release must say for its SAEs to be found; it says more."""
 
@@ -218,14 +232,26 @@ class _Manifest(BaseModel):
     saes: list[Listed]
 
     @classmethod
-    def of(cls, repository: Repository) -> "_Manifest":
+    def of(cls, repository: Repository) -> "_Manifest | None":
+        """The manifest of a release; None where there is another tool's config or none at all."""
         try:
-            return cls.model_validate(repository.json("config.json"))
+            data = repository.json(MANIFEST_FILE)
+        except InputError:
+            if MANIFEST_FILE in repository.names():  # or the names say why nothing can be read
+                raise
+            data = None
+        if not isinstance(data, dict) or not _OF_A_RELEASE & data.keys():
+            if RELEASE_FILE in repository.names():
+                _refuse_newer(repository.json(RELEASE_FILE), f"{repository.source}/{RELEASE_FILE}")
+            return None
+        _refuse_newer(data, f"{repository.source}/{MANIFEST_FILE}")
+        try:
+            return cls.model_validate(data)
         except ValidationError as error:
             key = ".".join(map(str, error.errors()[0]["loc"]))
             raise InputError(
-                f"{repository.source}/config.json is not the manifest of a safesail release"
-                f"{f': {key} is missing or malformed' if key else ''}; give a release's saes folder or repository."
+                f"{repository.source}/{MANIFEST_FILE} is not the manifest of a safesail release: {key} is missing or "
+                "malformed; give a release's saes folder or repository."
             ) from error
 
     def resolve(self, sae_id: str | None, source: str) -> str:

@@ -84,7 +84,11 @@ def select_stage(
             selected[hook_point], table, curve = chosen, table + rows, curve | points
             candidates[hook_point] = candidate_latents(contrasts[chosen], pairs, recipe.select)
     _refuse_nothing(candidates, len(pairs), recipe.select)
-    _write(work, {"selected": selected, "options": _options(recipe.select, len(pairs)), "curve": curve}, candidates)
+    _write(
+        work,
+        {"selected": selected, "options": _options(recipe.select, len(pairs), recipe.seed), "curve": curve},
+        candidates,
+    )
     pq.write_table(pa.Table.from_pylist(table, _schema(recipe.select.thresholds)), work.folder / "contrast.parquet")
 
 
@@ -173,12 +177,13 @@ def _short(fidelity: Row) -> Row:
     return {key: fidelity[key] for key in ("explained_variance", "fvu", "l0", "dead", "ce_recovered")}
 
 
-def _options(section: SelectSection, n_pairs: int) -> Row:
+def _options(section: SelectSection, n_pairs: int, seed: int) -> Row:
     """What the numbers were measured with; files of pairs by their name alone, so that no folder is published."""
     kept = ("reduction", "activity_quantile", "criterion", "fdr", "min_pairs", "n_resamples")
     return {
         "pairs": [Path(name).name for name in section.pairs],
         "n_pairs": n_pairs,
+        "seed": seed,
         **{key: getattr(section, key) for key in kept},
         "thresholds": list(section.thresholds),
     }

@@ -5,15 +5,37 @@ threshold become other weights of the same function. What cannot be folded exact
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from safesail.errors import InputError
+from safesail.recipe import TokenPolicy
 from safesail.repository import Repository
+from safesail.sae.config import SaeConfig
 from safesail.sae.model import Sae
 
-__all__ = ["Certificate", "Foreign", "Format", "certificate"]
+__all__ = [
+    "EVERY_TOKEN",
+    "Certificate",
+    "Equations",
+    "Foreign",
+    "Format",
+    "certificate",
+    "configured",
+    "folded",
+    "folders",
+    "inside",
+    "source_dtype",
+]
+
+Equations = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+"""`encode` and `decode` of a `Foreign`."""
+EVERY_TOKEN = TokenPolicy(exclude_special=False, sink_norm_multiple=None)
+"""The policy of an SAE whose files name no tokens that it leaves out."""
 
 N_VECTORS = 256
 """Vectors that a certificate is made on."""
@@ -90,6 +112,52 @@ def certificate(foreign: Foreign, x: Tensor | None = None) -> Certificate:
         float((theirs != 0).sum(1).float().mean()),
         foreign.notes,
     )
+
+
+def configured(origin: str, **fields: Any) -> SaeConfig:
+    """The config with these fields; InputError naming `origin` where they cannot be one."""
+    try:
+        return SaeConfig.model_validate({"token_policy": EVERY_TOKEN, **fields})
+    except ValidationError as error:
+        raise InputError(f"{origin}: {'; '.join(problem['msg'] for problem in error.errors())}.") from error
+
+
+def folded(
+    config: SaeConfig,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    threshold: Tensor | None = None,
+    *,
+    subtracted: Tensor | float,
+) -> Sae:
+    """The SAE that computes a = (x - subtracted) W_enc + b_enc and x_hat = z W_dec + b_dec, in our equations.
+
+    subtracted: (d_in,), or 0 where the format subtracts nothing. Ours subtract b_dec, so that the difference goes into
+    the bias: b_enc' = b_enc + (b_dec - subtracted) W_enc, computed in fp64.
+    """
+    difference = (b_dec - subtracted).double()
+    b_enc = (b_enc.double() + difference @ W_enc.double()).float() if bool(difference.any()) else b_enc
+    return Sae(config, W_enc.contiguous(), b_enc.contiguous(), W_dec.contiguous(), b_dec.contiguous(), threshold)
+
+
+def source_dtype(dtype: torch.dtype) -> dict[str, str]:
+    """What `extra` says of weights that were not stored in fp32, in which they are read."""
+    return {} if dtype == torch.float32 else {"source_dtype": str(dtype).removeprefix("torch.")}
+
+
+def folders(names: list[str], *wanted: str) -> list[str]:
+    """The folders that hold a file of each of the wanted names; the repository itself is `.`."""
+    there = set(names)
+    paths = [PurePosixPath(name) for name in names]
+    found = [str(path.parent) for path in paths if path.name == wanted[0]]
+    return [folder for folder in found if all(inside(folder, name) in there for name in wanted)]
+
+
+def inside(sae_id: str, name: str) -> str:
+    """The name in the repository of a file of the SAE `sae_id`; the repository itself is called `.`."""
+    return name if sae_id == "." else f"{sae_id}/{name}"
 
 
 def vectors(sae: Sae, n: int = N_VECTORS) -> Tensor:

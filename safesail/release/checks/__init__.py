@@ -1,0 +1,1 @@
+"""What `verify` checks, a file for each thing that is looked at."""
