@@ -227,6 +227,14 @@ def test_the_cache_is_where_it_was_asked_for(hub: HubDouble, tmp_path: Path):
     assert not (tmp_path / "home/hub").exists()
 
 
+def test_the_language_model_too_is_kept_where_it_was_asked_for(hub: HubDouble, tmp_path: Path):
+    hub.repo("model", "acme/tiny-llama").private = True
+    refused(lambda: Inspector.from_pretrained("acme/tiny"), "acme/tiny-llama cannot be loaded")
+    Inspector.from_pretrained("acme/tiny", token=TOKEN, cache_dir=tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere/models--acme--tiny-llama").is_dir()
+    assert not (tmp_path / "home/hub/models--acme--tiny-llama/snapshots").exists()
+
+
 READERS = {
     "Sae.from_pretrained": lambda **kw: Sae.from_pretrained(SAES, "layers.1.mlp", **kw),
     "Sae.load_all": lambda **kw: Sae.load_all(SAES, **kw),
@@ -236,15 +244,14 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_in_the_cache_is_read_without_the_hub(hub: HubDouble, reader: str, tmp_path: Path, tiny_model: Path):
+def test_what_is_in_the_cache_is_read_without_the_hub(hub: HubDouble, reader: str, tmp_path: Path):
     read = READERS[reader]
-    own = {"model": str(tiny_model)} if reader.startswith("Inspector") else {}
-    refused(lambda: read(local_files_only=True, **own), "is not in the local cache", "local_files_only forbids")
-    read(**own)
+    refused(lambda: read(local_files_only=True), "is not in the local cache", "local_files_only forbids")
+    read()
     hub.requests.clear()
-    read(local_files_only=True, **own)
+    read(local_files_only=True)
     with hub.used(home=tmp_path / "home", offline=True):
-        read(**own)
+        read()
     assert hub.requests == []
 
 

@@ -213,6 +213,7 @@ class Inspector:
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
+        force_download: bool = False,
         local_files_only: bool = False,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -223,19 +224,19 @@ class Inspector:
         the model the run was made with, of a Hub release its base model.
         """
         hub: dict[str, Any] = {
-            "revision": revision,
             "token": token,
             "cache_dir": cache_dir,
+            "force_download": force_download,
             "local_files_only": local_files_only,
         }
         source = part_of_release(release, "saes")
-        manifest = Repository(source, "model", **hub).json("config.json")
-        saes = Sae.load_all(source, **hub, device=device)
-        database = NeuronDatabase.load(release, **hub)
+        manifest = Repository(source, "model", revision, **hub).json("config.json")
+        saes = Sae.load_all(source, revision=revision, **hub, device=device)
+        database = NeuronDatabase.load(release, revision=revision, **hub)
         path, model_revision = (model, None) if model else _model_of(release, manifest)
-        tokenizer = load_tokenizer(path, revision=model_revision)
+        tokenizer = load_tokenizer(path, revision=model_revision, **hub)
         _same_tokenizer(tokenizer, manifest, path)
-        lm = causal_lm(path, revision=model_revision, device=device, dtype=dtype)
+        lm = causal_lm(path, revision=model_revision, device=device, dtype=dtype, **hub)
         return cls(lm, tokenizer, saes, database, str(release))
 
     def inspect(

@@ -26,16 +26,24 @@ _BLOCK = 1 << 16
 
 
 def causal_lm(
-    path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    **hub: Any,
 ) -> Any:
-    """The causal LM at `path` (a transformers folder or a Hub id), in evaluation mode, without gradients."""
+    """The causal LM at `path` (a transformers folder or a Hub id), in evaluation mode, without gradients.
+
+    hub: `token`, `cache_dir`, `force_download`, `local_files_only`, as in transformers.
+    """
     from transformers import AutoModelForCausalLM
 
     check_weights(path)
     no_loading_bars()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=dtype, output_loading_info=True
+            path, revision=revision, dtype=dtype, output_loading_info=True, **hub
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"the model {path} cannot be loaded: {first_line(error)}") from error
@@ -44,12 +52,12 @@ def causal_lm(
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_tokenizer(path: str, *, revision: str | None = None) -> Any:
-    """The tokenizer at `path`."""
+def load_tokenizer(path: str, *, revision: str | None = None, **hub: Any) -> Any:
+    """The tokenizer at `path`. hub: as for `causal_lm`."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
+        return AutoTokenizer.from_pretrained(path, revision=revision, **hub)
     except (OSError, ValueError) as error:
         raise InputError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}") from error
 
