@@ -253,3 +253,13 @@ def test_the_readme_loading_snippets_run_as_printed(demo_run: Path, tiny_model: 
     assert names["latents"].shape[1] == names["sae"].config.d_sae
     assert len(names["english"]) == len(names["neurons"])
     assert "president" in capsys.readouterr().out
+
+
+def test_a_command_in_another_folder_says_where_the_texts_were_looked_for(
+    mini_command: list[str], tmp_path: Path
+) -> None:
+    settings = [part.replace('path = "/', 'path = "gone/') for part in mini_command]
+    done = subprocess.run([*settings, "--out", str(tmp_path / "run")], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"mini.jsonl in {tmp_path}, where the paths of the recipe begin" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -237,9 +237,16 @@ def _is_local(path: str) -> bool:
 def _files(path: Path) -> list[Path]:
     """The file, or the files of a folder that are not hidden."""
     if not path.is_dir():
-        return [path]
+        return [_there(path)]
     inside = sorted(file for file in path.rglob("*") if file.is_file())
     return [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+
+
+def _there(path: Path) -> Path:
+    if path.is_file():
+        return path
+    where = "" if path.is_absolute() else f" in {Path.cwd()}, where the paths of the recipe begin"
+    raise InputError(f"there is no text file {path}{where}; `bash scripts/demo` makes the embedded ones.")
 
 
 def _rows(source: Source, seed: int) -> Iterator[tuple[int | None, dict[str, Any]]]:
@@ -296,8 +303,7 @@ def _builder(path: Path) -> str | None:
     """Which reader of `datasets` takes a local file; None for a folder, which finds its own. InputError for others."""
     if path.is_dir():
         return None
-    if not path.is_file():
-        raise InputError(f"there is no text file {path}; `bash scripts/demo` makes the embedded ones.")
+    _there(path)
     builder = _BUILDERS.get(path.suffix.lower())
     if builder is None:
         raise InputError(f"{path} is none of {', '.join(_BUILDERS)}; convert it or give a Hub dataset id.")
