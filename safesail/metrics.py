@@ -43,6 +43,8 @@ DEFINITIONS = {
     "i_cdf_null/v1": "mean of i_cdf/v1 when the two queries of each pair are swapped at random, exact; translations "
     "of a pair are swapped together",
     "above_null/v1": "i_cdf/v1 - i_cdf_null/v1",
+    "auroc/v1": "probability that an active unit is predicted higher than a silent one, ties counting half",
+    "confusion/v1": "counts of units by prediction (yes or no) and by true activity above 0",
     "simulation/v1": "Pearson correlation of simulated and true segment activity over concatenated held-out texts",
 }
 

@@ -33,6 +33,7 @@ ROUTES: list[tuple[str, str, Callable[[Call], Reply]]] = [
     ("PUT", rf"{REPO}/settings", repos.settings),
     ("GET", rf"{REPO}/auth-check(?P<write>/write)?", repos.auth_check),
     ("GET", rf"{REPO}/runtime", repos.runtime),
+    ("POST", rf"{REPO}/restart", repos.restart),
     ("GET", rf"{REPO}/tree/{REV}(?:/{PATH})?", files.tree),
     ("POST", rf"{REPO}/paths-info/{REV}", files.paths_info),
     ("GET", rf"{REPO}/commits/{REV}", files.commits),

@@ -124,6 +124,11 @@ def runtime(call: Call) -> Reply:
     return Reply(RUNTIME)
 
 
+def restart(call: Call) -> Reply:
+    call.store.written(*call.key).n_restarts += 1
+    return Reply(RUNTIME)
+
+
 def validate_yaml(call: Call) -> Reply:
     text = call.json["content"]
     try:

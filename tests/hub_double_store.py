@@ -135,6 +135,8 @@ class Repo:
     private: bool = False
     gated: str | bool = False
     sdk: str | None = None
+    n_restarts: int = 0
+    """How often a Space was started anew on request."""
     granted: set[str] = field(default_factory=set)
     awaiting: set[str] = field(default_factory=set)
     """Who asked for access and has no answer yet."""

@@ -65,7 +65,7 @@ def _structure(token: Any) -> list[Any]:
 def made_with(folder: Path, said: Any) -> Path:
     """A release with a text by `said()` in every place that a person, a model or a corpus fills."""
     recipe = made_recipe(folder).dump()
-    recipe["publish"] |= {"title": said(), "licence": said(), "languages": ["en", said()]}
+    recipe["publish"] |= {"title": said(), "licence": said()}
     recipe["model"] |= {"base_model": said(), "revision": said(), "note": said(), "licence": said()}
     sources = [{"path": f"{i}.jsonl", "origin": f"{i}: {said()}", "licence": said()} for i in (1, 2)]
     recipe["corpus"]["sources"] = sources

@@ -14,7 +14,7 @@ _TURNING = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Marks and overrides of the reading direction: they can show a text in another order than it is written."""
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 """Controls, other line breaks, and halves of characters, which UTF-8 cannot write."""
-_UNPRINTABLE = re.compile(f"{_TURNING.pattern}|{_CONTROL.pattern}")
+_ESCAPED = re.compile(rf"{_TURNING.pattern}|{_CONTROL.pattern}|<|\](?=\()")
 _MARKUP = re.compile(r"[\\`*_{}\[\]|~$#@]|:(?! )|(?<=www)\.|^[-+=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]", re.IGNORECASE)
 """What begins emphasis, code, links, formulas, cells or, at the start of a line, blocks. < > & are escaped before."""
 
@@ -40,9 +40,12 @@ def md_code(value: Any) -> str:
 
 
 def json_row(row: dict[str, Any]) -> str:
-    """A row as JSON, a column a line, that no code fence ends: numbers to six digits, unprintable signs as escapes."""
+    """A row as JSON, a column a line: numbers to six digits; what begins a tag, joins a link or is unprintable escaped.
+
+    So it stays JSON, ends no code fence, and is no markup where somebody shows it without its fence.
+    """
     pairs = (f"  {json.dumps(name)}: {json.dumps(_short(row[name]), ensure_ascii=False)}" for name in row)
-    return "{\n" + ",\n".join(_UNPRINTABLE.sub(_escape, pair) for pair in pairs) + "\n}"
+    return "{\n" + ",\n".join(_ESCAPED.sub(_escape, pair) for pair in pairs) + "\n}"
 
 
 def _short(value: Any) -> Any:

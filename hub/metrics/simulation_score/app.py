@@ -6,6 +6,7 @@ from pathlib import Path
 
 import evaluate
 import gradio as gr
+from gradio.themes import Base, Default
 
 from safesail.errors import InputError
 
@@ -41,5 +42,10 @@ def build() -> gr.Interface:
     )
 
 
+def theme() -> Base:
+    """With the fonts of the visitor's system, so that the page asks no other host."""
+    return Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
 if __name__ == "__main__":
-    build().launch(server_name="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1")
+    build().launch(server_name="0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1", theme=theme())
