@@ -243,6 +243,7 @@ SCORES = dict(zip(NEURONS, (0.5, 0.1, None, None, None, -0.25), strict=True))
 def made_statistics() -> list[Row]:
     quantiles = {"p50": 0.0, "p90": 0.0, "p99": 0.5, "p999": 1.0, "p9999": 2.0, "max": 3.0}
     settled = {"n_tokens": 1000, "firing_rate": 0.02, **quantiles, "median_active": 0.5, "normaliser": 1.0}
+    settled["histogram"] = [0, 0, 0, 0, 18, 0, 0, 0, 0, 2]
     return [
         {"neuron_id": f"{hook_point}/{j}", "hook_point": hook_point, "latent": j, **settled}
         for hook_point in HOOK_POINTS

@@ -182,6 +182,7 @@ def test_statistics_written_out(tmp_path: Path, tokenizer: Any):
         "max": 6.0,
         "median_active": 4.0,
         "normaliser": 6.0,
+        "histogram": [0, 0, 0, 1, 0, 0, 1, 0, 0, 1],  # 2, 4 and 6 are 3.3, 6.7 and 10 tenths
     }
     assert (rows[1]["firing_rate"], rows[1]["p50"], rows[1]["max"], rows[1]["normaliser"]) == (1 / 8, 0.0, 0.5, 0.5)
     for dead in rows[2:]:
@@ -200,6 +201,10 @@ def test_statistics_are_those_of_the_dense_matrix(crowd: Activations, tmp_path: 
         median = float(np.quantile(active, 0.5, method="inverted_cdf")) if len(active) else 0.0
         assert row["median_active"] == median
         assert row["normaliser"] == max(row["p999"], median)
+        edges = [*(np.arange(10) / 10 * row["normaliser"]), np.inf]  # a value on an edge belongs below it
+        below = [int(((active > low) & (active <= high)).sum()) for low, high in itertools.pairwise(edges)]
+        assert sum(row["histogram"]) == len(active)
+        assert sum(abs(a - b) for a, b in zip(row["histogram"], below, strict=True)) <= 2  # fp32 at an edge
     assert (rows[7]["normaliser"], rows[8]["p999"], rows[8]["normaliser"]) == (0.0, 0.0, 1.0)  # dead; once in 3,000
 
 

@@ -301,6 +301,21 @@ BROKEN = {
         # 100 tokens of one explanation (the other language's are counted with it), 50 of each of two simulations
         "neurons: layers.0.mlp/0 has prompt_tokens 999, its answers make 200.",
     ),
+    "a histogram of other tokens": (
+        table("quantiles/train", lambda rows: rows[9].update(histogram=[1] * 10)),
+        ("neurons", "quantiles"),
+        "layers.0.mlp/9 has a histogram of 10 tokens and fires on 20",
+    ),
+    "a neuron with one coordinate": (
+        table("neurons/train", lambda rows: next(row for row in rows if row["x"] is not None).update(y=None)),
+        ("neurons", "landscape"),
+        "has one coordinate.",
+    ),
+    "a neuron outside the landscape": (
+        table("neurons/train", lambda rows: next(row for row in rows if row["x"] is not None).update(x=1.5)),
+        ("neurons", "landscape"),
+        "lies outside the landscape.",
+    ),
     "quantiles that do not ascend": (
         table("quantiles/train", lambda rows: rows[9].update(p99=1.5)),
         ("neurons", "quantiles"),

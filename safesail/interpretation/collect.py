@@ -97,6 +97,7 @@ def _statistics(values: Tensor, n_tokens: int, hook_point: str, latent: int) -> 
     quantiles = quantiles_of_sparse(values, n_tokens, tuple(QUANTILES.values()))
     by_name = dict(zip(QUANTILES, quantiles, strict=True))
     median = float(values[(len(values) - 1) // 2]) if len(values) else 0.0
+    shown_as_1 = float(normaliser(torch.tensor(by_name["p999"]), torch.tensor(median)))
     return {
         "neuron_id": neuron_id(hook_point, latent),
         "hook_point": hook_point,
@@ -106,8 +107,15 @@ def _statistics(values: Tensor, n_tokens: int, hook_point: str, latent: int) -> 
         **by_name,
         "max": float(values[-1]) if len(values) else 0.0,
         "median_active": median,
-        "normaliser": float(normaliser(torch.tensor(by_name["p999"]), torch.tensor(median))),
+        "normaliser": shown_as_1,
+        "histogram": _histogram(values, shown_as_1),
     }
+
+
+def _histogram(values: Tensor, shown_as_1: float) -> list[int]:
+    """How many activations are in each tenth of the normaliser, those above it in the last. values: (n,), positive."""
+    tenths = (values / (shown_as_1 or 1.0) * 10).ceil().clamp(1, 10).long() - 1
+    return torch.bincount(tenths, minlength=10).tolist()
 
 
 def _buckets(

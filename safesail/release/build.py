@@ -17,6 +17,7 @@ from safesail.metrics import DEFINITIONS
 from safesail.release.cards import write_cards
 from safesail.release.curve import curve_svg
 from safesail.release.facts import Facts, flat_fidelity
+from safesail.release.landscape import landscape
 from safesail.release.manifest import write_manifest
 from safesail.release.tables import neuron_rows, write_neurons, write_table
 from safesail.run import PARTS, Run, StageWork, write_json
@@ -52,6 +53,7 @@ def build_stage(run: Run, taxonomy: Taxonomy, work: StageWork) -> None:
         (work.folder / part).mkdir()
     _saes(run, facts, work.folder / "saes")
     rows = neuron_rows(facts, taxonomy)
+    _lay_out(run, facts, rows, work.folder / "neurons")
     write_neurons(facts, rows, work.folder / "neurons")
     _examples(facts, work.folder / "examples")
     _inspector(work.folder / "inspector")
@@ -96,6 +98,16 @@ def _saes(run: Run, facts: Facts, folder: Path) -> None:
             "definitions": DEFINITIONS,
         },
     )
+
+
+def _lay_out(run: Run, facts: Facts, rows: list[Row], folder: Path) -> None:
+    """Give the rows of the main table their places on the landscape, and say by which method."""
+    trained, selected = run.result("train"), facts.selection["selected"]
+    decoders = {hook_point: sae_files.read(trained / sae_id).W_dec for hook_point, sae_id in selected.items()}
+    plane = landscape([decoders[row["hook_point"]][row["latent"]] for row in rows], run.recipe.seed)
+    for row, place in zip(rows, plane.places, strict=True):
+        row["x"], row["y"] = place or (None, None)
+    write_json(folder / "landscape.json", plane.facts)
 
 
 def _examples(facts: Facts, folder: Path) -> None:

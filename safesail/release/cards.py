@@ -4,6 +4,7 @@ A fact that is absent is absent from the card. Text that came from a model, a co
 filters of `release.inert`, so that it can neither break a table nor become markup.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safesail.release.contrast import activity_test, group_table, pair_table, th
 from safesail.release.facts import Facts
 from safesail.release.front_matter import CONFIGS, FRONT_MATTER, base_model_id, hub_sources
 from safesail.release.inert import json_row, md_cell, md_code, one_line
+from safesail.release.landscape import in_words
 from safesail.release.licences import card_licence, check, licence_of_texts
 from safesail.release.methods import confusion_table, cost_table, definition, method_table, total_cost
 from safesail.release.recipe_file import recipe_toml
@@ -239,6 +241,7 @@ def _columns(folder: Path, facts: Facts, neurons: list[Row]) -> Row:
         "columns": {name: markdown(*column_table(file)) for name, file in files.items()},
         "example_columns": markdown(*column_table(folder / "examples/examples/train.parquet")),
         "example_row": json_row(row) if row else "",
+        "landscape": in_words(json.loads((folder / "neurons/landscape.json").read_text(encoding="utf-8"))),
     }
 
 

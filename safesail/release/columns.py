@@ -17,6 +17,7 @@ COLUMNS = {
     "hook_point": "the module below the base model whose output is read",
     "layer": "the number in the hook point",
     "latent": "index inside the SAE",
+    "x, y": "its place on the landscape of decoder directions, -1 to 1; `landscape.json` names the method",
     "sae_id": "hook point and variant: the folder in the SAEs' repository",
     "language": "of the explanation; empty: the method reads none",
     "pairs/language": "of the two queries",
@@ -57,6 +58,7 @@ COLUMNS = {
     "max": "largest activation",
     "median_active": "median of the activations above zero",
     "normaliser": "the activation shown as 1: the larger of `p999` and `median_active`",
+    "histogram": "active tokens by tenths of the normaliser; the last counts all above nine tenths",
     # cost
     "prompt_tokens, completion_tokens": "what was asked of language models for this row",
     "cost_usd": "its price; null: no price was given",
@@ -136,5 +138,5 @@ def column_table(path: Path) -> Table:
 
 def _type(kind: pa.DataType) -> str:
     if pa.types.is_list(kind):
-        return {"text": "list of texts", "number": "list of numbers"}[_type(kind.value_type)]
+        return f"list of {_type(kind.value_type)}s"
     return _TYPES.get(str(kind)) or {True: "whole number"}[pa.types.is_integer(kind)]

@@ -193,6 +193,7 @@ _TYPES = {
     pa.string(): "explanation category concept status snippet neuron_id hook_point explainer simulator tagger language "
     "detail prompt_hash method sae_id architecture grouping group reduction id domain with without",
     pa.list_(pa.string()): "domains candidate_for",
+    pa.list_(pa.int64()): "histogram",
     pa.bool_(): "selected as_good_as_best explained",
     pa.int16(): "layer",
     pa.int32(): "latent n_wins prompt_tokens completion_tokens n_units n_active n_texts true_positives false_positives "
@@ -203,8 +204,8 @@ _I_CDF = "i_cdf i_cdf_low i_cdf_high i_cdf_null i_cdf_null_high i_cdf_p above_nu
 _SPENT = "prompt_tokens completion_tokens cost_usd"
 NEURONS = _schema(
     "explanation domains category concept score score_low score_high lexical_score confidence status firing_rate q999 "
-    "max_activation snippet neuron_id hook_point layer latent candidate_for n_wins p_value q_value explainer simulator "
-    f"tagger {_SPENT}"
+    "max_activation snippet neuron_id hook_point layer latent x y candidate_for n_wins p_value q_value explainer "
+    f"simulator tagger {_SPENT}"
 )
 EXPLANATIONS = _schema(f"neuron_id language explanation status detail confidence explainer prompt_hash {_SPENT}")
 SCORES = _schema(
@@ -212,7 +213,7 @@ SCORES = _schema(
     f"false_negatives true_negatives status detail {_SPENT}"
 )
 QUANTILES = _schema(
-    "neuron_id hook_point latent n_tokens firing_rate p50 p90 p99 p999 p9999 max median_active normaliser"
+    "neuron_id hook_point latent n_tokens firing_rate p50 p90 p99 p999 p9999 max median_active normaliser histogram"
 )
 PAIRS = _schema("id domain category concept language with without")
 CANDIDATES = _schema("neuron_id hook_point layer latent n_lists n_entries explained")

@@ -162,6 +162,7 @@ _CHECKS: dict[str, list[tuple[str, Callable[[Part], Looked]]]] = {
         ("main table", numbers.main_table),
         ("costs", numbers.costs),
         ("quantiles", numbers.quantiles),
+        ("landscape", numbers.landscape),
         ("confusion", numbers.confusion),
     ],
     "examples": [("schema", tables.schema), ("keys", tables.unique), ("contexts", numbers.contexts)],

@@ -110,7 +110,25 @@ def _quantile_problem(row: Row) -> str:
     normaliser = max(row["p999"], row["median_active"])
     if not close(row["normaliser"], normaliser, 1e-6 * normaliser):
         return f"has the normaliser {row['normaliser']:g}, its quantiles give {normaliser:g}"
+    if row["histogram"] is not None and (len(row["histogram"]) != 10 or sum(row["histogram"]) != round(n_fired)):
+        return f"has a histogram of {sum(row['histogram'])} tokens and fires on {round(n_fired)}"
     return ""
+
+
+def landscape(part: Part) -> Looked:
+    """Every neuron on the landscape has both coordinates, and landscape.json says by which method and how many."""
+    rows = part.rows("neurons")
+    placed = [row for row in rows if row["x"] is not None and row["y"] is not None]
+    halves = [row for row in rows if (row["x"] is None) != (row["y"] is None)]
+    problems = [f"neurons: {row['neuron_id']} has one coordinate." for row in halves]
+    outside = [row for row in placed if not (abs(row["x"]) <= 1 and abs(row["y"]) <= 1)]
+    problems += [f"neurons: {row['neuron_id']} lies outside the landscape." for row in outside]
+    if part.is_converted and not placed:
+        return Looked("none", problems)
+    said = part.repository.json("landscape.json")
+    if said.get("n_neurons") != len(placed):
+        problems.append(f"landscape.json says {said.get('n_neurons')} neurons, {len(placed)} have coordinates.")
+    return Looked(f"{len(placed)} neurons by {said.get('method')}", problems)
 
 
 def confusion(part: Part) -> Looked:
