@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from safesail.cli import main
+from safesail.release.convert import convert
 from safesail.run import PARTS, STAGES, Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -243,16 +245,30 @@ def test_the_package_imports_in_under_a_second_without_torch():
     assert float(printed.stdout) < 1
 
 
-def test_the_readme_loading_snippets_run_as_printed(demo_run: Path, tiny_model: Path, monkeypatch, capsys):
+def test_the_readme_loading_snippets_run_as_printed(
+    demo_run: Path, tiny_model: Path, tmp_path: Path, monkeypatch, capsys
+):
+    """With the miniature in the demo's place, and made SAEs of other tools in that of the Hub's."""
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
+    monkeypatch.chdir(REPOSITORY)
+    convert(str(demo_run), tmp_path / "sae-llama-3-8b-32x", "sparsify", say=lambda line: None)
+    (tmp_path / "sae-llama-3-8b-32x/layers.0.mlp").rename(tmp_path / "sae-llama-3-8b-32x/layers.10")
+    gemma = tmp_path / "gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
+    gemma.mkdir(parents=True)
+    weights = {"W_enc": (8, 32), "W_dec": (32, 8), "b_enc": (32,), "b_dec": (8,), "threshold": (32,)}
+    np.savez(gemma / "params.npz", **{name: np.ones(shape, "float32") for name, shape in weights.items()})
     names: dict = {}
     for block in blocks:
-        exec(block.replace("runs/demo", str(demo_run)).replace("layers.9.mlp", "layers.0.mlp"), names)
-    assert names["latents"].shape[1] == names["sae"].config.d_sae
+        here = re.sub("EleutherAI/|google/", f"{tmp_path}/", block).replace("runs/demo", str(demo_run))
+        exec(here.replace("layers.9.mlp", "layers.0.mlp"), names)
+    assert names["latents"].shape[1] == 128
     assert len(names["english"]) == len(names["neurons"])
-    assert "president" in capsys.readouterr().out
+    assert names["sae"].config.hook_point == "layers.20"
+    output = capsys.readouterr().out
+    assert "president" in output
+    assert "'explained_variance': 0.92" in output
 
 
 def test_a_command_in_another_folder_says_where_the_texts_were_looked_for(
