@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
 from safesail.errors import InputError
 from safesail.lm.size import LmSize, lm_size
@@ -23,6 +22,7 @@ from safesail.training.plan.plan import make_plan, next_line
 from safesail.training.plan.space import disk, memory
 from safesail.training.plan.work import compute
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 ALL = frozenset({"harvest", "train", "build"})
 PLENTY = Room(ram=10**15, gpu=None, disk=10**15)
 # 2 blocks of width 8: q and o 64 weights each, k and v 32 each (one of two heads), gate, up and down 128 each, 2 norms

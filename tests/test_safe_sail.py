@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REPOSITORY
 
 from safesail import NeuronDatabase, Sae
 from safesail.errors import InputError
@@ -21,6 +20,7 @@ from safesail.release.safe_sail_tables import N_STORED, Entry, Tables, quantile_
 from safesail.release.verify import verify
 from safesail.repository import Repository, read_table
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 REAL = REPOSITORY.parent / "shared/data/safe-sail"
 Row = dict[str, Any]
 TEXT = "Words | like <b>this</b> & that,\non two lines with *** inside."
