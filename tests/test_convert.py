@@ -205,6 +205,14 @@ def test_a_certificate_is_of_what_is_on_the_disk_and_stands_in_the_card(tmp_path
     assert str(tmp_path) not in card + json.dumps(written)
 
 
+def test_what_is_converted_is_no_fine_tune_of_its_base_model(tmp_path: Path):
+    made_sae(model_name="org/base").save(tmp_path / "saes/one")
+    quiet(tmp_path / "saes", tmp_path / "out", "safesail")
+    front = (tmp_path / "out/README.md").read_text().split("---")[1]
+    assert "base_model:\n- org/base\n" in front
+    assert "base_model_relation: adapter\n" in front
+
+
 def test_a_licence_that_is_not_declared_is_not_made_up(tmp_path: Path):
     made_sae(model_name=HOSTILE).save(tmp_path / "saes/one")
     quiet(tmp_path / "saes", tmp_path / "out", "safesail")

@@ -17,6 +17,7 @@ from safesail.errors import InputError
 from safesail.files import write_tensors
 from safesail.recipe import PublishSection
 from safesail.release.cards import render
+from safesail.release.front_matter import RELATION
 from safesail.release.manifest import write_manifest
 from safesail.repository import Repository
 from safesail.run import write_json
@@ -284,9 +285,10 @@ def _model_front(licence: str | None, base_models: list[str], to: str) -> str:
     from huggingface_hub import ModelCardData
 
     on_hub = [name for name in base_models if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
+    data: Row = {"base_model": on_hub, "base_model_relation": RELATION} if on_hub else {}
     return ModelCardData(
+        **data,
         license=licence,
-        base_model=on_hub or None,
         library_name="safesail" if to == "safesail" else to,
         tags=["sparse-autoencoder", "interpretability"],
     ).to_yaml()

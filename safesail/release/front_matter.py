@@ -8,9 +8,15 @@ from safesail.release.inert import one_line
 from safesail.release.licences import card_licence, licence_of_texts
 from safesail.release.tables import split_name
 
-__all__ = ["CONFIGS", "FRONT_MATTER", "base_model_id", "hub_sources", "metric_id"]
+__all__ = ["CONFIGS", "FRONT_MATTER", "RELATION", "base_model_id", "hub_sources", "metric_id"]
 
 Row = dict[str, Any]
+RELATION = "adapter"
+"""What SAEs are to their base model in the Hub's words, which are adapter, finetune, merge and quantized.
+
+They are weights of their own, of use beside the unchanged base model alone, as an adapter's are; without a word the Hub
+would list them among the fine-tunes.
+"""
 CONFIGS = ("neurons", "explanations", "scores", "quantiles", "selection", "contrast", "pairs")
 """The configs of the neurons data set, the default one first."""
 _TAGS = ["sparse-autoencoder", "interpretability", "safety", "safe-sail"]
@@ -52,15 +58,10 @@ def metric_id(key: str) -> str:
 
 
 def _saes_front(facts: Row) -> str:
-    """The Hub knows four relations to a base model: adapter, finetune, merge and quantized.
-
-    An SAE is weights of its own that are of use beside the unchanged base model alone, as an adapter's are; without
-    the line the Hub would list it among the fine-tunes.
-    """
     from huggingface_hub import ModelCardData
 
     recipe, base_model = facts["recipe"], base_model_id(facts["recipe"])
-    data: Row = {"base_model": base_model, "base_model_relation": "adapter"} if base_model else {}
+    data: Row = {"base_model": base_model, "base_model_relation": RELATION} if base_model else {}
     return ModelCardData(
         **data,
         datasets=hub_sources(recipe) or None,
