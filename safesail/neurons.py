@@ -5,16 +5,16 @@ wherever it names one hook point only.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safesail.errors import InputError
 from safesail.repository import Repository, part_of_release
 
-__all__ = ["QUANTILES", "WEAK_BELOW", "NeuronDatabase", "neuron_id", "parse_neuron_id", "strength"]
+__all__ = ["QUANTILES", "WEAK_BELOW", "NeuronDatabase", "Said", "neuron_id", "parse_neuron_id", "strength"]
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "p9999": 0.9999}
 WEAK_BELOW = 0.2
@@ -50,6 +50,16 @@ def strength(score: float | None) -> str:
     return "strong"
 
 
+class Said(NamedTuple):
+    """What is said of a neuron in the language that was asked for, or in another that has an explanation."""
+
+    explanation: str | None
+    """None when no language has one."""
+    language: str
+    status: str
+    """`ok`, or why there is none in the language that was asked for."""
+
+
 @dataclass
 class NeuronDatabase:
     """The tables of a release's `neurons` folder or dataset repository.
@@ -65,6 +75,10 @@ class NeuronDatabase:
     scores: dict[str, list[dict[str, Any]]]
     explanations: dict[str, dict[str, dict[str, Any]]]
     source: str = field(default="", repr=False)
+    languages: list[str] = field(default_factory=list)
+    """Of the explanations, in the release's order; the first is that of the main table."""
+    landscape: dict[str, Any] = field(default_factory=dict)
+    """How the columns x and y were made: `method` (PCA, UMAP or none) and its facts; empty in a release without."""
 
     @classmethod
     def load(cls, path_or_repo: str | Path, **kwargs: Any) -> "NeuronDatabase":
@@ -77,7 +91,8 @@ class NeuronDatabase:
         for row in repository.table("scores/train.parquet"):
             scores.setdefault(row["neuron_id"], []).append(row)
         explanations: dict[str, dict[str, dict[str, Any]]] = {}
-        for language in repository.json("languages.json"):
+        languages = repository.json("languages.json")
+        for language in languages:
             for row in repository.table(f"explanations/{language}.parquet"):
                 explanations.setdefault(row["neuron_id"], {})[language] = row
         return cls(
@@ -86,6 +101,8 @@ class NeuronDatabase:
             scores=scores,
             explanations=explanations,
             source=repository.source,
+            languages=languages,
+            landscape=_landscape(repository),
         )
 
     def __len__(self) -> int:
@@ -106,6 +123,20 @@ class NeuronDatabase:
         """The hook points of the database, in its order."""
         return list(dict.fromkeys(row["hook_point"] for row in self.quantiles.values()))
 
+    def said(self, neuron_id: str, language: str = "") -> Said:
+        """A neuron's explanation in a language; without one there, the main table's, else that of any language."""
+        spoken = self.explanations.get(neuron_id, {})
+        asked = spoken.get(language) if language else None
+        if asked and asked["explanation"]:
+            return Said(asked["explanation"], language, "ok")
+        row = self.neurons.get(neuron_id, {})
+        why = asked["status"] if asked else ("absent" if language else row.get("status", ""))
+        main = self.languages[0] if self.languages else ""
+        if row.get("explanation"):
+            return Said(row["explanation"], main, why if language not in ("", main) else "ok")
+        other = next(((name, said) for name, said in spoken.items() if said["explanation"]), None)
+        return Said(other[1]["explanation"], other[0], why) if other else Said(None, language or main, why)
+
     @property
     def domains(self) -> list[str]:
         """The domains that some neuron carries, most frequent first."""
@@ -124,12 +155,17 @@ class NeuronDatabase:
         self,
         text: str = "",
         *,
-        domain: str | None = None,
+        domain: str | Collection[str] | None = None,
+        category: str | None = None,
         hook_point: str | None = None,
         min_score: float | None = None,
     ) -> list[dict[str, Any]]:
-        """The neurons whose explanation (in any language), concept or id holds every word of `text`, best first."""
+        """The neurons whose explanation (in any language), concept or id holds every word of `text`, best first.
+
+        Of several domains a neuron must carry one; an empty string among them stands for neurons that carry none.
+        """
         words = text.lower().split()
+        wanted = {domain} if isinstance(domain, str) else None if domain is None else set(domain)
 
         def matches(row: dict[str, Any]) -> bool:
             other = (said["explanation"] for said in self.explanations.get(row["neuron_id"], {}).values())
@@ -137,10 +173,16 @@ class NeuronDatabase:
             haystack = " ".join(filter(None, texts)).lower()
             return (
                 all(word in haystack for word in words)
-                and (domain is None or domain in row["domains"])
+                and (wanted is None or bool(wanted & set(row["domains"] or [""])))
+                and (category is None or row["category"] == category)
                 and (hook_point is None or row["hook_point"] == hook_point)
                 and (min_score is None or (row["score"] is not None and row["score"] >= min_score))
             )
 
         found = [row for row in self if matches(row)]
         return sorted(found, key=lambda row: (-(row["score"] if row["score"] is not None else -2), row["neuron_id"]))
+
+
+def _landscape(repository: Repository) -> dict[str, Any]:
+    """The facts about the landscape; none for a release from before it, or one that was converted."""
+    return repository.json("landscape.json") if "landscape.json" in repository.names() else {}

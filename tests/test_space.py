@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from safesail.assets import asset
-from safesail.diagnosis.inspector import Hit, Inspector
+from safesail.diagnosis.inspection import Hit
+from safesail.diagnosis.inspector import Inspector
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")

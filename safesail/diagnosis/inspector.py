@@ -5,186 +5,37 @@ once, with nothing masked and nothing decoded and tokenised again.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from safesail.diagnosis.base_model import base_model_of, same_tokenizer
+from safesail.diagnosis.inspection import Inspection
 from safesail.errors import InputError
 from safesail.lm.generate import chat_prompt, end_ids, stream
 from safesail.lm.hooks import run_to_depth
-from safesail.lm.load import causal_lm, load_tokenizer, tokenizer_hash
-from safesail.lm.tokens import ROLES, Span, counted, role_codes, spans, special_ids
-from safesail.neurons import NeuronDatabase, neuron_id, strength
+from safesail.lm.load import causal_lm, load_tokenizer
+from safesail.lm.tokens import ROLES, counted, role_codes, spans, special_ids
+from safesail.lm.unembedding import direct_effects
+from safesail.neurons import NeuronDatabase, parse_neuron_id
 from safesail.recipe import TokenPolicy
 from safesail.repository import Repository, part_of_release
-from safesail.run import Run
 from safesail.sae.model import Sae
-from safesail.sae.sparse import Codes
 
-__all__ = ["Answer", "Hit", "Inspection", "Inspector"]
+__all__ = ["Answer", "Inspector", "Promoted"]
 
 Messages = list[dict[str, str]]
 
 
-class Hit(NamedTuple):
-    """A neuron that fires on a token, with what is known about it."""
+class Promoted(NamedTuple):
+    """A token that a neuron's direction makes likelier."""
 
-    neuron_id: str
-    hook_point: str
-    latent: int
-    activation: float
-    normalised: float | None
-    """activation / normaliser; 1 is a strong activation. None for a latent that never fired in the corpus."""
-    explanation: str | None
-    """None when the neuron has no row or its explanation failed (then `status` says why)."""
-    domains: list[str]
-    score: float | None
-    low: float | None
-    high: float | None
-    trust: str
-    """undefined, weak, fair, good or strong; unexplained without a row."""
-    explainer: str
-    simulator: str
-    status: str
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """A sequence of tokens and what fired on each. `units` are the readable units, usually one token each."""
-
-    ids: list[int]
-    n_prompt: int
-    """How many of the ids were given; the rest were generated."""
-    units: list[Span]
-    codes: dict[str, Codes]
-    """Per hook point the active latents of every id."""
-    counted: dict[str, Tensor]
-    """Per hook point which ids the token policy counts: bool (n_ids,)."""
-    error: dict[str, Tensor]
-    """Per hook point the share of each activation that the SAE misses, ‖x − x̂‖ / ‖x‖: (n_ids,)."""
-    database: NeuronDatabase
-    left_out_roles: list[str]
-    """Per id the role of its turn where no SAE's token policy counts that role, else an empty string."""
-
-    @property
-    def text(self) -> str:
-        return "".join(unit.text for unit in self.units)
-
-    @property
-    def answer(self) -> str:
-        """The generated text, special tokens left out."""
-        return "".join(unit.text for unit in self.units if unit.start >= self.n_prompt and not unit.special)
-
-    def is_answer(self, index: int) -> bool:
-        """Whether a unit was generated."""
-        return self.units[index].start >= self.n_prompt
-
-    def hits(
-        self,
-        index: int,
-        *,
-        domain: str | None = None,
-        hook_point: str | None = None,
-        explained_only: bool = False,
-    ) -> list[Hit]:
-        """The neurons that fire on a unit, strongest normalised activation first.
-
-        Of a unit of several tokens each neuron counts once, with its strongest activation. Tokens that the policy
-        leaves out (special tokens, attention sinks, other roles) have none: the SAEs were not trained on them.
-        """
-        unit = self.units[index]
-        best: dict[tuple[str, int], float] = {}
-        for name, codes in self.codes.items():
-            if hook_point is not None and name != hook_point:
-                continue
-            for row in range(unit.start, unit.end):
-                if not self.counted[name][row]:
-                    continue
-                values, latents = codes.of(row)
-                for value, latent in zip(values.tolist(), latents.tolist(), strict=True):
-                    if value > 0:
-                        best[name, latent] = max(value, best.get((name, latent), 0.0))
-        hits = [self._hit(name, latent, value) for (name, latent), value in best.items()]
-        hits = [hit for hit in hits if domain is None or domain in hit.domains]
-        hits = [hit for hit in hits if not explained_only or hit.trust != "unexplained"]
-        return sorted(hits, key=lambda hit: (-(hit.normalised or 0.0), hit.neuron_id))
-
-    def note(self, index: int) -> str:
-        """Why a unit has no neurons, or an empty string."""
-        unit = self.units[index]
-        if any(bool(mask[unit.start : unit.end].any()) for mask in self.counted.values()):
-            return ""
-        if unit.special:
-            return "A special token: the token policy leaves it out."
-        if role := self.left_out_roles[unit.start]:
-            return f"A token of the {role}'s turn: the token policy leaves that role out."
-        return "An attention sink (its activation norm is far above the usual): the token policy leaves it out."
-
-    @cached_property
-    def _hits_by_unit(self) -> list[list[Hit]]:
-        return [self.hits(i, explained_only=True) for i in range(len(self.units))]
-
-    def strengths(self, domains: list[str] | None = None, *, above: float | None = None) -> list[float]:
-        """Per unit the strongest normalised activation of an explained neuron of the given (default: any) domains.
-
-        With `above`, only neurons whose score is larger count: of the others it is not known what they are about.
-        """
-        return [
-            max(
-                (
-                    hit.normalised or 0.0
-                    for hit in hits
-                    if hit.domains and (domains is None or set(domains) & set(hit.domains))
-                    if above is None or (hit.score is not None and hit.score > above)
-                ),
-                default=0.0,
-            )
-            for hits in self._hits_by_unit
-        ]
-
-    def to_json(self, max_hits: int = 20) -> dict[str, Any]:
-        """The inspection as plain JSON: per unit its text, place and strongest explained neurons."""
-        return {
-            "ids": self.ids,
-            "n_prompt": self.n_prompt,
-            "tokens": [
-                {
-                    "text": unit.text,
-                    "start": unit.start,
-                    "end": unit.end,
-                    "answer": self.is_answer(i),
-                    "note": self.note(i),
-                    "neurons": [hit._asdict() for hit in self._hits_by_unit[i][:max_hits]],
-                }
-                for i, unit in enumerate(self.units)
-            ],
-        }
-
-    def _hit(self, hook_point: str, latent: int, activation: float) -> Hit:
-        name = neuron_id(hook_point, latent)
-        scale = self.database.normaliser(hook_point, latent)
-        row = self.database.neurons.get(name)
-        known = row or {}
-        return Hit(
-            neuron_id=name,
-            hook_point=hook_point,
-            latent=latent,
-            activation=activation,
-            normalised=activation / scale if scale else None,
-            explanation=known.get("explanation"),
-            domains=list(known.get("domains") or []),
-            score=known.get("score"),
-            low=known.get("score_low"),
-            high=known.get("score_high"),
-            trust=strength(known.get("score")) if row else "unexplained",
-            explainer=known.get("explainer") or "",
-            simulator=known.get("simulator") or "",
-            status=known.get("status") or "",
-        )
+    token: int
+    text: str
+    effect: float
+    """On its logit, in units that compare within one neuron."""
 
 
 class Answer(NamedTuple):
@@ -233,9 +84,9 @@ class Inspector:
         manifest = Repository(source, "model", revision, **hub).json("config.json")
         saes = Sae.load_all(source, revision=revision, **hub, device=device)
         database = NeuronDatabase.load(release, revision=revision, **hub)
-        path, model_revision = (model, None) if model else _model_of(release, manifest)
+        path, model_revision = (model, None) if model else base_model_of(release, manifest)
         tokenizer = load_tokenizer(path, revision=model_revision, **hub)
-        _same_tokenizer(tokenizer, manifest, path)
+        same_tokenizer(tokenizer, path, manifest)
         lm = causal_lm(path, revision=model_revision, device=device, dtype=dtype, **hub)
         return cls(lm, tokenizer, saes, database, str(release))
 
@@ -251,7 +102,7 @@ class Inspector:
         self, text_or_chat: str | Messages, *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0
     ) -> Iterator[Answer]:
         """Stream the model's answer; the last item carries the inspection of prompt and answer."""
-        prompt, roles = self._prompt(text_or_chat)
+        prompt, roles = self.prompt(text_or_chat)
         self._check_length(len(prompt) + max_new_tokens)
         generated: list[int] = []
         for token in stream(self.model, prompt, max_new_tokens, self._ends, temperature=temperature, seed=seed):
@@ -264,10 +115,10 @@ class Inspector:
 
     def encode(self, text_or_chat: str | Messages) -> list[int]:
         """The prompt's ids: a text as it is, a conversation in the chat template."""
-        return self._prompt(text_or_chat)[0]
+        return self.prompt(text_or_chat)[0]
 
-    def _prompt(self, text_or_chat: str | Messages) -> tuple[list[int], list[int] | None]:
-        """The prompt's ids and, of a conversation, their role codes where a token policy asks for roles."""
+    def prompt(self, text_or_chat: str | Messages) -> tuple[list[int], list[int] | None]:
+        """A prompt's ids and, of a conversation, their role codes where a token policy asks for roles."""
         empty = not text_or_chat or (isinstance(text_or_chat, list) and not text_or_chat[-1]["content"].strip())
         if empty or (isinstance(text_or_chat, str) and not text_or_chat.strip()):
             raise InputError("the prompt is empty; type some text.")
@@ -297,6 +148,22 @@ class Inspector:
         n_prompt = len(ids) if n_prompt is None else n_prompt
         left_out = self._left_out_roles(roles or [0] * len(ids))
         return Inspection(ids, n_prompt, units, codes, keep, error, self.database, left_out)
+
+    @torch.inference_mode()
+    def promoted_tokens(self, id: str, n: int = 10) -> list[Promoted]:
+        """The tokens whose logits a neuron raises most on the direct path from its decoder row to the unembedding.
+
+        The final norm sees the decoder row alone, so that effects compare within a neuron only; what later layers do
+        with the direction is not in them (the logit lens of its decoder row).
+        """
+        hook_point, latent = parse_neuron_id(id, self.saes)
+        if latent >= self.saes[hook_point].config.d_sae:
+            last = self.saes[hook_point].config.d_sae - 1
+            raise InputError(f"{hook_point} has no latent {latent}; its latents are 0 to {last}.")
+        effects = direct_effects(self.model, self.saes[hook_point].W_dec[latent])
+        strongest = effects.topk(min(n, len(effects)))
+        pairs = zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)
+        return [Promoted(token, self.tokenizer.decode([token]), effect) for token, effect in pairs]
 
     def activations(self, text_or_chat: str | Messages, hook_point: str) -> Tensor:
         """The model's activations at a hook point of the release, one row per token of the text: (n_tokens, d_in)."""
@@ -332,24 +199,6 @@ class Inspector:
 
     def _readable(self, ids: list[int]) -> str:
         return "".join(unit.text for unit in spans(self.tokenizer, ids) if not unit.special)
-
-
-def _model_of(release: str | Path, manifest: dict[str, Any]) -> tuple[str, str | None]:
-    """Where to load the language model from: the run's own folder while it is there, else the base model's id."""
-    folder = Path(release)
-    if (folder / "run.json").is_file():
-        section = Run.open(folder).recipe.model
-        if Path(section.path).is_dir() or not section.base_model:
-            return section.path, section.revision
-    return manifest["base_model"], manifest.get("base_model_revision")
-
-
-def _same_tokenizer(tokenizer: Any, manifest: dict[str, Any], path: str) -> None:
-    if manifest.get("tokenizer_hash") not in (None, tokenizer_hash(tokenizer)):
-        raise InputError(
-            f"the tokenizer of {path} is not the one these SAEs were trained with; "
-            f"give the model {manifest['base_model']} (`--model`)."
-        )
 
 
 def _valid(text: str) -> str:

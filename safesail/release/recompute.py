@@ -10,7 +10,6 @@ k-th) may be active on a query here and silent there. A share of TOLERANCE of th
 
 import math
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -18,16 +17,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from safesail.contrast import Contrast, contrast
+from safesail.diagnosis.base_model import base_model_of, same_tokenizer
 from safesail.errors import InputError
 from safesail.interpretation.tags import candidates_by_neuron
-from safesail.lm.load import causal_lm, load_tokenizer, tokenizer_hash
+from safesail.lm.load import causal_lm, load_tokenizer
 from safesail.lm.tokens import special_ids
 from safesail.metrics import DEFINITIONS
 from safesail.pairs import Pair
 from safesail.recipe import SelectSection
 from safesail.release.checks.finding import Finding, Looked, finding
 from safesail.release.checks.part import Part
-from safesail.run import Run
 from safesail.sae.model import Sae
 from safesail.training.candidates import candidate_latents
 from safesail.training.groups import Group, groups_of, latent_shares, measure
@@ -161,17 +160,15 @@ class _Measured:
         self.config = self.saes.config
         self.select = _select_of(self.saes, self.neurons)
         self.groups = groups_of(self.select.pairs)
-        self.contrasts = self._contrasts(*_model_of(source, self.saes, model))
+        self.manifest = self.config.model_dump()
+        path, revision = (model, None) if model else base_model_of(source, self.manifest)
+        self.contrasts = self._contrasts(path, revision)
         self.shares = {id: latent_shares(each) for id, each in self.contrasts.items()}
 
     def _contrasts(self, path: str, revision: str | None) -> dict[str, Contrast]:
         """Which latent of each SAE wins and loses which pair; one SAE is in memory at a time."""
         tokenizer = load_tokenizer(path, revision=revision)
-        if self.config.tokenizer_hash not in (None, tokenizer_hash(tokenizer)):
-            raise InputError(
-                f"the tokenizer of {path} is not the one these SAEs were trained with; "
-                f"give {self.config.base_model} with --model."
-            )
+        same_tokenizer(tokenizer, path, self.manifest)
         queries, section = queries_of(self.select.pairs), self.select.section
         hook_points = tuple(dict.fromkeys(id.rpartition("/")[0] for id in self.config.by_id))
         lm = causal_lm(path, revision=revision)
@@ -231,17 +228,6 @@ def _select_of(saes: Part, neurons: Part) -> _Select:
     if not pairs:
         raise InputError("the table of pairs is empty.")
     return _Select(pairs, section, options.get("seed"))
-
-
-def _model_of(source: str, saes: Part, model: str | None) -> tuple[str, str | None]:
-    """The language model to run: the one that is given, that of the run folder, or the base model."""
-    if model:
-        return model, None
-    if (Path(source).expanduser() / "run.json").is_file():
-        section = Run.open(Path(source).expanduser()).recipe.model
-        if Path(section.path).is_dir():
-            return section.path, section.revision
-    return saes.config.base_model, saes.config.base_model_revision
 
 
 def _sae(saes: Part, id: str) -> Sae:
