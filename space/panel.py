@@ -1,0 +1,56 @@
+"""The panel of a neuron, which every tab has: where it fires, its card, and its examples behind a warning."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+from page import Page
+
+__all__ = ["LIGHT", "Panel", "linked_html", "neuron_panel"]
+
+HERE = Path(__file__).resolve().parent
+LIGHT: dict[str, Any] = {
+    "api_visibility": "private",
+    "queue": False,
+    "show_progress": "hidden",
+    "trigger_mode": "always_last",
+}
+"""Options of the page's own small events: they answer while the model is busy, and no click is lost."""
+
+
+class Panel(NamedTuple):
+    """The panel's parts."""
+
+    neuron: gr.State
+    """The id of the neuron that is shown, or None."""
+    column: gr.Column
+    where: gr.HTML
+    card: gr.HTML
+    ask: gr.Button
+    examples: gr.HTML
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `Page.open` gives."""
+        return list(self)
+
+
+def linked_html(elem_id: str, value: Any = "", **options: Any) -> gr.HTML:
+    """HTML whose buttons (`data-kind`, `data-value`) reach Python as a select event: index is the kind."""
+    script = (HERE / "links.js").read_text(encoding="utf-8")
+    return gr.HTML(value, js_on_load=script, apply_default_css=False, elem_id=elem_id, **options)
+
+
+def neuron_panel(page: Page, name: str) -> Panel:
+    """The panel, closed. name: tells its elements from those of the other tabs."""
+    neuron = gr.State(None)
+    with gr.Column(visible=False, elem_id=f"{name}-panel", scale=2, min_width=330) as column:
+        close = gr.Button("Close", size="sm", scale=0, min_width=80, elem_classes="close")
+        where = linked_html(f"{name}-where")
+        card = linked_html(f"{name}-card")
+        ask = gr.Button("Show examples: they may contain offensive text", elem_id=f"{name}-ask")
+        examples = linked_html(f"{name}-examples")
+    panel = Panel(neuron, column, where, card, ask, examples)
+    close.click(lambda: (None, gr.update(visible=False)), None, [neuron, column], **LIGHT)
+    ask.click(page.show_examples, neuron, [examples, ask], **{**LIGHT, "show_progress": "minimal"})
+    return panel
