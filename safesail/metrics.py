@@ -10,16 +10,21 @@ __all__ = [
     "DEFINITIONS",
     "Interval",
     "auroc",
+    "auroc_difference",
+    "auroc_interval",
     "complement",
     "confusion",
     "explained_variance",
+    "fisher_exact",
     "normaliser",
+    "odds_ratio",
     "pearson",
     "pearson_interval",
     "quantiles_of_sparse",
     "ratio_of_sums",
     "reconstruction",
     "reconstruction_sums",
+    "wilson",
 ]
 
 DEFINITIONS = {
@@ -44,16 +49,24 @@ DEFINITIONS = {
     "of a pair are swapped together",
     "above_null/v1": "i_cdf/v1 - i_cdf_null/v1",
     "auroc/v1": "probability that an active unit is predicted higher than a silent one, ties counting half",
+    "auroc_texts/v1": "probability that a text about the domain is scored higher than one that is not, ties counting "
+    "half; 95 % interval from resampling whole groups of texts (1,000 bootstrap resamples)",
+    "share/v1": "successes / trials, with Wilson's 95 % score interval",
+    "odds_ratio/v1": "(a + 1/2)(d + 1/2) / ((b + 1/2)(c + 1/2)) of the table [[a, b], [c, d]] (Haldane's correction), "
+    "with exp(log ratio ± 1.96 standard errors) as 95 % interval; undefined where a row or a column is empty",
+    "fisher_exact/v1": "two-sided p: the probability, with the table's margins fixed, of all tables that are no more "
+    "probable than the one seen",
     "confusion/v1": "counts of units by prediction (yes or no) and by true activity above 0",
     "simulation/v1": "Pearson correlation of simulated and true segment activity over concatenated held-out texts",
 }
 
 
 _DRAWS_AT_ONCE = 1 << 21
+_Z95 = 1.959963984540054  # the standard normal's 0.975 quantile
 
 
 class Interval(NamedTuple):
-    """An estimate with a 95 % bootstrap interval; all three None where it is undefined."""
+    """An estimate with a 95 % interval (from a bootstrap unless said otherwise); all None where it is undefined."""
 
     value: float | None
     low: float | None
@@ -206,6 +219,83 @@ def confusion(said: Tensor, active: Tensor) -> dict[str, int]:
         "false_negatives": int((~said & active).sum()),
         "true_negatives": int((~said & ~active).sum()),
     }
+
+
+def auroc_interval(
+    scores: Tensor, truth: Tensor, groups: Tensor, *, n_resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """The AUROC with a 95 % interval from resampling whole groups (texts of one origin). All: (n,).
+
+    Resamples without both kinds are left out of the interval.
+    """
+    value = auroc(scores, truth)
+    if value is None:
+        return Interval(None, None, None)
+    return _with_quantiles(value, _resampled_aurocs([scores], truth, groups, n_resamples, seed)[0])
+
+
+def auroc_difference(
+    a: Tensor, b: Tensor, truth: Tensor, groups: Tensor, *, n_resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """AUROC of the scores a less that of the scores b, both of the same resampled groups. All: (n,)."""
+    of_a, of_b = auroc(a, truth), auroc(b, truth)
+    if of_a is None or of_b is None:
+        return Interval(None, None, None)
+    samples = _resampled_aurocs([a, b], truth, groups, n_resamples, seed)
+    return _with_quantiles(of_a - of_b, samples[0] - samples[1])
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """The share of successes with Wilson's 95 % score interval, which stays inside 0 and 1; None of no trials."""
+    assert 0 <= successes <= n, f"{successes} successes of {n} trials"
+    if n == 0:
+        return Interval(None, None, None)
+    share, z2 = successes / n, _Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return Interval(share, max(centre - half, 0.0), min(centre + half, 1.0))
+
+
+def odds_ratio(a: int, b: int, c: int, d: int) -> Interval:
+    """The odds ratio of the table [[a, b], [c, d]] with its 95 % interval on the log scale.
+
+    Haldane's correction adds 1/2 to every count, so that an empty cell gives a finite ratio. Undefined where a row or
+    a column is empty: then nothing was compared.
+    """
+    assert min(a, b, c, d) >= 0, "counts are not negative"
+    if 0 in (a + b, c + d, a + c, b + d):
+        return Interval(None, None, None)
+    a_, b_, c_, d_ = (count + 0.5 for count in (a, b, c, d))
+    log_ratio = math.log(a_ * d_ / (b_ * c_))
+    error = _Z95 * math.sqrt(1 / a_ + 1 / b_ + 1 / c_ + 1 / d_)
+    return Interval(math.exp(log_ratio), math.exp(log_ratio - error), math.exp(log_ratio + error))
+
+
+def fisher_exact(a: int, b: int, c: int, d: int) -> float:
+    """Fisher's two-sided p of the table [[a, b], [c, d]]: the tables no more probable than it, margins fixed.
+
+    In whole numbers: the binomial products are compared as they are, so equally probable tables never part by rounding.
+    """
+    assert min(a, b, c, d) >= 0, "counts are not negative"
+    row, column, n = a + b, a + c, a + b + c + d
+    possible = range(max(0, row + column - n), min(row, column) + 1)
+    ways = {k: math.comb(row, k) * math.comb(n - row, column - k) for k in possible}
+    return sum(count for count in ways.values() if count <= ways[a]) / math.comb(n, column)
+
+
+def _resampled_aurocs(scores: list[Tensor], truth: Tensor, groups: Tensor, n_resamples: int, seed: int) -> list[Tensor]:
+    """The AUROC of each vector of scores in the same resamples of groups; resamples without both kinds left out."""
+    _, group = torch.unique(groups, return_inverse=True)
+    weights = _resampled_counts(int(group.max()) + 1, n_resamples, seed)[:, group]  # (n_resamples, n)
+    positive, negative = weights[:, truth > 0], weights[:, truth <= 0]
+    n_pairs = positive.sum(1) * negative.sum(1)
+    usable = n_pairs > 0
+    found = []
+    for values in scores:
+        above = values[truth > 0].double()[:, None] - values[truth <= 0].double()[None, :]
+        wins = (above > 0).double() + 0.5 * (above == 0)
+        found.append((((positive @ wins) * negative).sum(1) / n_pairs)[usable])
+    return found
 
 
 def _resampled_counts(n: int, n_resamples: int, seed: int) -> Tensor:

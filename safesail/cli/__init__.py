@@ -6,11 +6,14 @@ import sys
 from safesail.cli.app import app
 from safesail.cli import making
 from safesail.cli import looking
+from safesail.cli import trajectories
+from safesail.cli import steering
+from safesail.cli import monitor
 from safesail.cli import hub
 from safesail.cli import pairs
 from safesail.errors import InputError
 
-__all__ = ["app", "hub", "looking", "main", "making", "pairs"]
+__all__ = ["app", "hub", "looking", "main", "making", "monitor", "pairs", "steering", "trajectories"]
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Text from a causal LM: batches of greedy completions, and one answer streamed token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,14 +57,27 @@ def complete(
 
 @torch.inference_mode()
 def stream(
-    model: Any, ids: list[int], max_tokens: int, ends: set[int], *, temperature: float = 0.0, seed: int = 0
+    model: Any,
+    ids: list[int],
+    max_tokens: int,
+    ends: set[int],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[int]:
-    """The ids of an answer one by one, greedy at temperature 0, else sampled from a seeded generator."""
+    """The ids of an answer one by one, greedy at temperature 0, else sampled from a seeded generator.
+
+    `watch` is shown the logits from which each id is chosen, (vocabulary,), before it is.
+    """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     step, cache = torch.tensor([ids], device=model.device), None
     for _ in range(max_tokens):
         output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, token = output.past_key_values, _choose(output.logits[0, -1], temperature, generator)
+        cache, logits = output.past_key_values, output.logits[0, -1]
+        if watch:
+            watch(logits)
+        token = _choose(logits, temperature, generator)
         yield token
         if token in ends:
             return

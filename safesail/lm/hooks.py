@@ -6,17 +6,27 @@ A *hook point* is the module path below the base model whose output is read: `la
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from safesail.errors import InputError
 
-__all__ = ["Depth", "capture", "check_hook_points", "module_at", "replace", "run_to_depth"]
+__all__ = ["Depth", "Step", "capture", "check_hook_points", "module_at", "replace", "run_to_depth", "steps"]
 
 
 class Depth(Exception):
     """Raised inside a forward pass when the deepest hook point has been read."""
+
+
+class Step(NamedTuple):
+    """What one forward pass reads; the tokens before it may be in the cache."""
+
+    ids: Tensor
+    """(batch, length)."""
+    positions: Tensor
+    """Each token's place in its sequence: (batch or 1, length)."""
 
 
 def module_at(model: Any, hook_point: str) -> nn.Module:
@@ -79,6 +89,32 @@ def replace(model: Any, hook_point: str, function: Callable[[Tensor], Tensor]) -
         yield
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def steps(model: Any) -> Iterator[Callable[[], Step]]:
+    """A function that gives, inside a forward pass, the ids and places which that pass reads."""
+    current: list[Step] = []
+
+    def read(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids = named.get("input_ids", inputs[0] if inputs else None)
+        if ids is None:
+            raise InputError("the model was given embeddings; give input_ids, which say what tokens are read.")
+        current[:] = [Step(ids, _positions(ids, named))]
+
+    handle = model.base_model.register_forward_pre_hook(read, with_kwargs=True)
+    try:
+        yield lambda: current[0]
+    finally:
+        handle.remove()
+
+
+def _positions(ids: Tensor, named: dict[str, Any]) -> Tensor:
+    if named.get("position_ids") is not None:
+        return named["position_ids"]
+    cache = named.get("past_key_values")
+    start = 0 if cache is None else cache.get_seq_length()
+    return torch.arange(start, start + ids.shape[1], device=ids.device)[None]
 
 
 def _patterns(base: nn.Module) -> str:
