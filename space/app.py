@@ -15,6 +15,8 @@ from typing import Any
 
 import gradio as gr
 import torch
+from diagnosis import Diagnosis
+from diagnosis_tabs import interventions_tab, knowledge_tab, monitor_tab, trajectories_tab
 from gradio.components import Component
 from gradio.events import api
 from gradio.themes import Base, Default
@@ -38,6 +40,7 @@ the answers are the model's own."""
 def build(inspector: Inspector) -> gr.Blocks:
     """The page over an inspector; nothing is started."""
     page = Page(inspector)
+    diagnosis = Diagnosis(page)
     with gr.Blocks(title="safesail token inspector", analytics_enabled=False) as blocks:
         gr.Markdown(f"# safesail token inspector\n\n{_about(inspector)}")
         language = _language(inspector.database.languages)
@@ -48,6 +51,14 @@ def build(inspector: Inspector) -> gr.Blocks:
                 neurons = neurons_tab(page, language)
             with gr.Tab("Landscape", id="landscape") as landscape:
                 landscape_tab(page, language, landscape.select)
+            with gr.Tab("Trajectories", id="trajectories"):
+                trajectories_tab(diagnosis, language)
+            with gr.Tab("Interventions", id="interventions"):
+                interventions_tab(diagnosis, language)
+            with gr.Tab("Knowledge", id="knowledge"):
+                knowledge_tab(diagnosis, language)
+            with gr.Tab("Monitor", id="monitor"):
+                monitor_tab(diagnosis, language)
         gr.Markdown(SAFETY)
         _links(page, tabs, inspecting, neurons, language)
         api(page.inspect, api_name="inspect", concurrency_limit=1, concurrency_id=MODEL)
@@ -132,7 +143,8 @@ def launch(blocks: gr.Blocks, **options: Any) -> Any:
     """Serve the page: no analytics, no share link, no record of runs in the visitor's browser."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
-    style = {"theme": theme(), "css_paths": HERE / "style.css", "footer_links": ["api", "settings"]}
+    sheets = [HERE / "style.css", HERE / "landscape.css"]
+    style = {"theme": theme(), "css_paths": sheets, "footer_links": ["api", "settings"]}
     kept = {"state_session_capacity": SESSIONS}
     settings: dict[str, Any] = {"share": False, "ssr_mode": False, "quiet": True, **kept, **style, **options}
     return blocks.launch(**settings)
@@ -146,12 +158,12 @@ def main() -> None:
         raise InputError(
             "SAFESAIL_RELEASE is not set; set it to a run folder like runs/demo or a Hub name like org/demo."
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inspector = Inspector.from_pretrained(release, model=os.environ.get("SAFESAIL_MODEL") or None, device=device)
     host = os.environ.get("SAFESAIL_HOST", "0.0.0.0" if space else "127.0.0.1")
     port = os.environ.get("SAFESAIL_PORT", "7860")
-    if not port.isdecimal():
+    if not (port.isdecimal() and int(port) < 2**16):
         raise InputError(f"SAFESAIL_PORT is {port!r}; set it to a number, as 7860.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inspector = Inspector.from_pretrained(release, model=os.environ.get("SAFESAIL_MODEL") or None, device=device)
     blocks = build(inspector)
     try:
         launch(blocks, server_name=host, server_port=int(port), prevent_thread_lock=True)
@@ -165,4 +177,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"safesail: {error}")
+        print(f"safesail: {error}", file=sys.stderr)
+        sys.exit(2)

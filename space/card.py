@@ -29,7 +29,7 @@ def card(database: NeuronDatabase, neuron_id: str, language: str, promoted: list
         _choice(row),
         _logit_lens(promoted),
     ]
-    return tag("article", parts, class_="card", aria_label=f"Neuron {neuron_id}")
+    return tag("article", parts, class_="card", aria_label=f"Neuron {neuron_id}", data_neuron=neuron_id)
 
 
 def _heading(database: NeuronDatabase, neuron_id: str, row: Row, language: str, linked: bool) -> Markup:
@@ -61,12 +61,13 @@ def _why_not(row: Row, said_in: str, status: str, asked: str, there_is_one: bool
 
 def _facts(row: Row, statistics: Row) -> Markup:
     scored = score_words(row["score"], row["score_low"], row["score_high"], strength(row["score"])) if row else ""
+    rate, shown_as_1 = statistics.get("firing_rate"), statistics.get("normaliser")
     facts = [
         ("Score", scored or "unexplained"),
         ("Lexical baseline", number(row.get("lexical_score"))),
         ("Category and concept", " · ".join(filter(None, [title(row.get("category") or ""), row.get("concept")]))),
-        ("Fires on", f"{percent(statistics.get('firing_rate'))} of the corpus's tokens"),
-        ("Shown as 1", f"an activation of {number(statistics.get('normaliser'))}"),
+        ("Fires on", f"{percent(rate)} of the corpus's tokens" if rate is not None else ""),
+        ("Shown as 1", f"an activation of {number(shown_as_1)}" if shown_as_1 else ""),
         ("Highest activation", number(statistics.get("max"))),
         ("Redacted example", row.get("snippet") or ""),
     ]
@@ -180,16 +181,18 @@ def _logit_lens(promoted: list[Promoted]) -> Markup | None:
 def examples_list(examples: list[Example], normaliser: float | None) -> Markup:
     """Contexts in which a neuron fires, strongest first, then some of every level, then near-misses."""
     if not examples:
-        return tag("p", "No examples were collected for this neuron: it was not among those that were explained.")
+        sentence = "No examples were collected for this neuron: it was not among those that were explained."
+        return tag("p", sentence, tabindex="-1", data_focus=True)
     top = [example for example in examples if example.stratum == "top"][:MAX_TOP]
     levels = sorted({e.stratum for e in examples if e.stratum.startswith("level")}, key=_level, reverse=True)
     graded = [e for name in levels for e in [x for x in examples if x.stratum == name][:MAX_PER_LEVEL]]
     misses = [example for example in examples if example.stratum == "near-miss"][:MAX_NEAR_MISSES]
-    return joined(
+    groups = joined(
         _group("Where it fires most", top, normaliser),
         _group("Over its levels, from strong to weak", graded, normaliser),
         _group("Near-misses: they hold a word it fires on elsewhere, and it is silent", misses, normaliser),
     )
+    return joined(tag("h3", "Examples", tabindex="-1", data_focus=True), groups)
 
 
 def _level(stratum: str) -> int:

@@ -7,7 +7,7 @@ import gradio as gr
 import view
 from gradio.components import Component
 from page import LISTINGS, MAX_NEW_TOKENS, Page, Seen
-from panel import HERE, LIGHT, Panel, linked_html, neuron_panel
+from panel import HERE, LIGHT, Panel, linked_html, neuron_panel, slider
 
 from safesail.neurons import WEAK_BELOW
 
@@ -97,7 +97,7 @@ def _looking(page: Page, tab: InspectorTab, outputs: list[Any], controls: list[A
     panel.where.select(go, places, [strip, headline, table, seen], **LIGHT)
     table.select(open_neuron, [seen, language], panel.outputs, **LIGHT)
     domains, hook_point, above, words, listing = tab.filters
-    changed = [domains.input, hook_point.input, above.release, words.change, listing.input, language.change]  # type: ignore[attr-defined]
+    changed = [domains.input, hook_point.input, above.input, above.release, words.change, listing.input, language.change]  # type: ignore[attr-defined]
     gr.on(changed, page.show, places, [strip, headline, table, seen], **LIGHT)
 
 
@@ -142,7 +142,7 @@ def _filters(page: Page) -> list[Component]:
         domains = gr.CheckboxGroup(
             choices, value=database.domains, label="Colour the tokens by neurons of", scale=2, min_width=330
         )
-        above = gr.Slider(
+        above = slider(
             0, 1, WEAK_BELOW, step=0.05, label="… whose score is above (0: all)", elem_id="above", min_width=330
         )
     with gr.Row():

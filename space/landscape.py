@@ -13,7 +13,7 @@ from safesail.release.landscape import in_words
 __all__ = ["Point", "as_json", "landscape"]
 
 Row = dict[str, Any]
-MAX_LABEL = 120
+MAX_LABEL = 100
 """Characters of an explanation at its point, so that thousands of points are one small answer; the card has it all."""
 
 

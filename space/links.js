@@ -4,9 +4,12 @@ element.addEventListener("click", (event) => {
   if (button) trigger("select", { index: button.dataset.kind, value: button.dataset.value });
 });
 
-watch("value", () => {
+function focusOpened() {
   const heading = element.querySelector("[data-focus]");
   if (!heading) return;
   heading.focus({ preventScroll: true });
   heading.scrollIntoView({ block: "nearest" });
-});
+}
+
+watch("value", focusOpened);
+focusOpened(); // a panel that was closed is made anew, with what it shows

@@ -14,8 +14,10 @@ def tag(name: str, *children: Any, **attributes: Any) -> Markup:
 
 
 def joined(*children: Any) -> Markup:
-    """Children one after the other, lists taken apart; None and empty strings are nothing."""
-    parts = (joined(*child) if isinstance(child, list) else escape(child) for child in children if child is not None)
+    """Children one after the other, lists and tuples taken apart; None and empty strings are nothing."""
+    parts = (
+        joined(*child) if isinstance(child, list | tuple) else escape(child) for child in children if child is not None
+    )
     return Markup("").join(parts)
 
 

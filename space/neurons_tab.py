@@ -7,7 +7,7 @@ import view
 from browse import PAGE
 from gradio.components import Component
 from page import Page
-from panel import LIGHT, Panel, linked_html, neuron_panel
+from panel import LIGHT, Panel, linked_html, neuron_panel, slider
 
 __all__ = ["NeuronsTab", "neurons_tab"]
 
@@ -39,7 +39,8 @@ def neurons_tab(page: Page, language: Component) -> NeuronsTab:
     def open_neuron(language: str, event: gr.SelectData) -> Any:
         return page.open(str(event.value), language, None, linked=False)
 
-    changed = [text.change, domains.change, category.change, hook_point.change, above.release, language.change]  # type: ignore[attr-defined]
+    chosen = [domains.change, category.change, hook_point.change, language.change]  # type: ignore[attr-defined]
+    changed = [text.change, above.input, above.release, *chosen]  # type: ignore[attr-defined]
     gr.on(changed, find, inputs, [*outputs, n_shown], **LIGHT)
     more.click(find_more, [*inputs, n_shown], [*outputs, n_shown], **LIGHT)
     table.select(open_neuron, language, panel.outputs, **LIGHT)
@@ -74,5 +75,5 @@ def _filters(page: Page) -> list[Component]:
         )
         hook_points = [("All hook points", ""), *((name, name) for name in database.hook_points)]
         hook_point = gr.Dropdown(hook_points, value="", label="Hook point", min_width=220)
-        above = gr.Slider(0, 1, 0, step=0.05, label="Minimum score (0: all)", min_width=220)
+        above = slider(0, 1, 0, step=0.05, label="Minimum score (0: all)", min_width=220)
     return [text, domains, category, hook_point, above]

@@ -187,7 +187,7 @@ class Page:
         try:
             found = self.examples.of(id)
         except InputError as error:
-            return tag("p", _sentence(error, escaped=False), class_="note"), gr.update(visible=True)
+            return tag("p", _sentence(error, escaped=False), class_="note", role="status"), gr.update(visible=True)
         scale = self.database.normaliser(*parse_neuron_id(id, self.database.hook_points))
         return examples_list(found, scale), gr.update(visible=False)
 
@@ -264,6 +264,7 @@ class Page:
             `ids`, `n_prompt`, `answer`, and `tokens`: per token its `text`, place and strongest explained `neurons`.
         """
         with _as_message(escaped=False):
+            language = _text("language", language)
             asked = self._asked(prompt, mode, system, max_new_tokens, temperature, seed)
             for answer in self._answers(asked):
                 inspection = answer.inspection
@@ -284,7 +285,7 @@ class Page:
             method, its `quantiles` with the `histogram` of its activations, and the tokens it raises (`promoted`).
         """
         with _as_message(escaped=False):
-            name = self._neuron(str(id))
+            name, language = self._neuron(_text("id", id)), _text("language", language)
             promoted = [token._asdict() for token in self.inspector.promoted_tokens(name)]
         hook_point, latent = parse_neuron_id(name, self.database.hook_points)
         nothing = {"neuron_id": name, "hook_point": hook_point, "latent": latent, "explanation": None, "domains": []}
@@ -315,9 +316,8 @@ class Page:
         """
         with _as_message(escaped=False):
             least = None if min_score is None else _within("min_score", min_score, -1, 1)
-        rows = self.database.search(
-            str(text or ""), domain=domain or None, hook_point=hook_point or None, min_score=least
-        )
+            text, domain, language = _text("text", text), _text("domain", domain), _text("language", language)
+        rows = self.database.search(text, domain=domain or None, hook_point=hook_point or None, min_score=least)
         return [self._in_language(row, language) for row in rows]
 
     def _in_language(self, row: dict[str, Any], language: str) -> dict[str, Any]:
@@ -382,6 +382,13 @@ def _within(name: str, value: Any, low: float, high: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InputError(f"{name} is {value!r}; give a number from {low:g} to {high:g}.")
     return value
+
+
+def _text(name: str, value: Any) -> str:
+    """The text, an empty one for null, or InputError for anything else."""
+    if not isinstance(value, str | None):
+        raise InputError(f"{name} is {value!r}; give a text.")
+    return value or ""
 
 
 def _parsed(name: str, text: str, kind: type) -> Any:

@@ -1,4 +1,4 @@
-"""The panel of a neuron, which every tab has: where it fires, its card, and its examples behind a warning."""
+"""What every tab has: the panel of a neuron (where it fires, its card, its examples behind a warning), and sliders."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from page import Page
 
-__all__ = ["LIGHT", "Panel", "linked_html", "neuron_panel"]
+__all__ = ["LIGHT", "Panel", "linked_html", "neuron_panel", "slider"]
 
 HERE = Path(__file__).resolve().parent
 LIGHT: dict[str, Any] = {
@@ -35,10 +35,25 @@ class Panel(NamedTuple):
         return list(self)
 
 
-def linked_html(elem_id: str, value: Any = "", **options: Any) -> gr.HTML:
+def linked_html(elem_id: str, value: Any = "", *, scripts: tuple[str, ...] = ("links.js",), **options: Any) -> gr.HTML:
     """HTML whose buttons (`data-kind`, `data-value`) reach Python as a select event: index is the kind."""
-    script = (HERE / "links.js").read_text(encoding="utf-8")
+    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in scripts)
     return gr.HTML(value, js_on_load=script, apply_default_css=False, elem_id=elem_id, **options)
+
+
+def slider(minimum: float, maximum: float, value: float, **options: Any) -> gr.Slider:
+    """A slider that takes what its number box holds while it is typed in: nothing is the least, too much the most.
+
+    Gradio refuses both as errors. A component of our own class would do, but gradio writes a file beside each such class.
+    """
+    made = gr.Slider(minimum, maximum, value, **options)
+    within = made.preprocess
+
+    def preprocess(payload: float | None) -> float:
+        return within(min(max(minimum if payload is None else payload, minimum), maximum))
+
+    made.preprocess = preprocess
+    return made
 
 
 def neuron_panel(page: Page, name: str) -> Panel:
@@ -47,7 +62,7 @@ def neuron_panel(page: Page, name: str) -> Panel:
     with gr.Column(visible=False, elem_id=f"{name}-panel", scale=2, min_width=330) as column:
         close = gr.Button("Close", size="sm", scale=0, min_width=80, elem_classes="close")
         where = linked_html(f"{name}-where")
-        card = linked_html(f"{name}-card")
+        card = linked_html(f"{name}-card", scripts=("links.js", "panel.js"))
         ask = gr.Button("Show examples: they may contain offensive text", elem_id=f"{name}-ask")
         examples = linked_html(f"{name}-examples")
     panel = Panel(neuron, column, where, card, ask, examples)
