@@ -97,7 +97,8 @@ def _looking(page: Page, tab: InspectorTab, outputs: list[Any], controls: list[A
     panel.where.select(go, places, [strip, headline, table, seen], **LIGHT)
     table.select(open_neuron, [seen, language], panel.outputs, **LIGHT)
     domains, hook_point, above, words, listing = tab.filters
-    changed = [domains.input, hook_point.input, above.input, above.release, words.change, listing.input, language.change]  # type: ignore[attr-defined]
+    chosen = [domains.input, hook_point.input, listing.input, language.change]  # type: ignore[attr-defined]
+    changed = [*chosen, above.input, above.release, words.change]  # type: ignore[attr-defined]
     gr.on(changed, page.show, places, [strip, headline, table, seen], **LIGHT)
 
 

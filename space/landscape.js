@@ -1,11 +1,13 @@
 // The landscape: a scatter plot with one SVG path a domain, so that thousands of marks move as a few shapes.
-// Text is set as text nodes only. Every listener sits on an element of the plot, and none is left behind with it.
+// Text is set as text nodes only. Every listener sits on an element of the plot, and none is left behind with it; they
+// are in landscape_input.js, which follows this in the same script.
 const root = element.querySelector(".landscape");
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = 20; // pixels between the outermost points and the plot's edge
 const MAX_ZOOM = 40;
 const STEP = 1.5; // of a zoom button or key
 const REACH = { mouse: 14, touch: 26 }; // pixels around a point that count as the point
+const GAP = 14; // pixels between a point and its label
 const STILL = 6; // pixels that a finger may move and still be a click
 const AT_ONCE = 1000; // marks that are made anew in every frame of a zoom; more are stretched until it rests
 const REST = 150; // milliseconds
@@ -40,7 +42,8 @@ let parts = {};
 // --- making the elements --------------------------------------------------------------------------------------------
 
 function child(parent, tag, attributes = {}, text = "") {
-  const made = parent.namespaceURI === SVG || tag === "svg" ? document.createElementNS(SVG, tag) : document.createElement(tag);
+  const drawn = tag === "svg" || parent.namespaceURI === SVG;
+  const made = drawn ? document.createElementNS(SVG, tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   if (text) made.textContent = text;
   return parent.appendChild(made);
@@ -66,8 +69,9 @@ function makeLegend(bar) {
 }
 
 function makePlot() {
-  const names = { "aria-label": data.caption, "aria-describedby": "landscape-note", "aria-roledescription": "scatter plot" };
-  const plot = child(root, "div", { class: "plot", tabindex: 0, role: "application", ...names });
+  const kind = { role: "application", "aria-roledescription": "scatter plot" };
+  const names = { "aria-label": data.caption, "aria-describedby": "landscape-note" };
+  const plot = child(root, "div", { class: "plot", tabindex: 0, ...kind, ...names });
   const marks = child(plot, "svg", { class: "marks", "aria-hidden": true }); // its origin is the plot's middle
   const under = data.domains.map((_, i) => i).sort((a, b) => !data.domains[b].id - !data.domains[a].id);
   const paths = [];
@@ -91,8 +95,9 @@ function makeZoom(bar) {
 function makeNote() {
   const note = child(root, "p", { class: "note-line", id: "landscape-note" });
   parts.count = child(note, "span", { class: "shown" });
-  child(note, "span", {}, ` ${data.note} Drag to move; Ctrl and the wheel, + and − zoom. With the keyboard: the arrow keys `
-    + "walk from neuron to neuron, Home and End go to the first and the last, Enter opens the card.");
+  const keys =
+    "the arrow keys walk from neuron to neuron, Home and End go to the first and the last, Enter opens the card";
+  child(note, "span", {}, ` ${data.note} Drag to move; Ctrl and the wheel, + and − zoom. With the keyboard: ${keys}.`);
 }
 
 function render() {
@@ -114,9 +119,9 @@ function render() {
 // --- where things are -----------------------------------------------------------------------------------------------
 
 function boxOf(points) {
-  const [xs, ys] = [points.map(([, x]) => x), points.map(([, , y]) => y)];
-  const range = (values) => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
-  const [[left, right], [low, high]] = [range(xs), range(ys)];
+  const range = (values) => [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))];
+  const [left, right] = range(points.map(([, x]) => x));
+  const [low, high] = range(points.map(([, , y]) => y));
   return { x: (left + right) / 2, y: (low + high) / 2, width: right - left, height: high - low };
 }
 
@@ -203,7 +208,8 @@ function paint() {
   const [unit, r] = [scale(), markSize()];
   if (painted?.unit === unit && painted.r === r) return;
   painted = { unit, r };
-  const stamps = data.domains.map((_, i) => look(i).stamp(r).replace(/\d+\.\d{3,}/g, (text) => Number(text).toFixed(2)));
+  const short = (path) => path.replace(/\d+\.\d{3,}/g, (text) => Number(text).toFixed(2));
+  const stamps = data.domains.map((_, i) => short(look(i).stamp(r)));
   const drawn = data.domains.map(() => []);
   drawnAs.forEach((domain, i) => {
     if (domain < 0) return;
@@ -220,171 +226,16 @@ function ring(circle, i) {
   for (const [name, value] of Object.entries({ cx: x, cy: y, r: markSize() + 4 })) circle.setAttribute(name, value);
 }
 
+// Where a label of a size begins: after its point, or before it where there is no room.
+function beside(at, size, room) {
+  const start = at + GAP + size > room ? at - GAP - size : at + GAP;
+  return Math.max(4, Math.min(start, room - size - 4));
+}
+
 function putLabel() {
   if (active < 0) return;
   const { plot, label } = parts;
   const [x, y] = screenOf(active);
-  const beside = (at, size, room) => Math.max(4, Math.min(at + 14 + size > room ? at - 14 - size : at + 14, room - size - 4));
   label.style.left = `${beside(x, label.offsetWidth, plot.clientWidth)}px`;
   label.style.top = `${beside(y, label.offsetHeight, plot.clientHeight)}px`;
 }
-
-// --- what a visitor does ----------------------------------------------------------------------------------------------
-
-function show(i) {
-  if (i === active) return;
-  active = i;
-  parts.label.replaceChildren();
-  parts.plot.classList.toggle("pointing", i >= 0);
-  if (i >= 0) {
-    last = i;
-    const [id, , , domains, text, score] = data.points[i];
-    child(parts.label, "strong", { dir: "auto" }, text);
-    child(parts.label, "code", {}, id);
-    child(parts.label, "span", {}, domains.map((at) => data.domains[at].title).join(", "));
-    child(parts.label, "span", {}, `Score ${score}`);
-  }
-  redraw();
-}
-
-function open(i) {
-  if (i < 0) return;
-  opened = data.points[i][0];
-  trigger("select", { index: "neuron", value: opened });
-  redraw();
-}
-
-function toggle(button, id) {
-  if (!off.delete(id)) off.add(id);
-  button.setAttribute("aria-pressed", !off.has(id));
-  assign();
-}
-
-function zoomAt(factor, x, y) {
-  const zoom = Math.min(Math.max(camera.zoom * factor, 1), MAX_ZOOM);
-  const grown = zoom / camera.zoom;
-  camera.zoom = zoom;
-  panTo(x - (x - camera.x) * grown, y - (y - camera.y) * grown);
-}
-
-// The plot's middle stays within the points' extent, so that they cannot be lost.
-function panTo(x, y) {
-  const limit = (value, extent) => Math.min(Math.max(value, (-extent * scale()) / 2), (extent * scale()) / 2);
-  [camera.x, camera.y] = [limit(x, box.width), limit(y, box.height)];
-  redraw();
-}
-
-function reset() {
-  camera.zoom = 1;
-  panTo(0, 0);
-}
-
-// The nearest point in a direction: within its quarter of the plane, else anywhere on that side. Points in the same
-// place follow each other in their order.
-function inDirection(from, [dx, dy]) {
-  const [x, y] = placeOf(from, 1);
-  let best = { side: 3, distance: Infinity, i: from };
-  data.points.forEach((_, i) => {
-    if (i === from || drawnAs[i] < 0) return;
-    const [px, py] = placeOf(i, 1);
-    const [along, across] = [(px - x) * dx + (py - y) * dy, Math.abs((px - x) * dy) + Math.abs((py - y) * dx)];
-    const same = along === 0 && across === 0;
-    if (same ? (i - from) * (dx + dy) < 0 : along <= 0) return;
-    const [side, distance] = [across <= along ? 1 : 2, same ? Math.abs(i - from) * 1e-9 : Math.hypot(along, across)];
-    if (side < best.side || (side === best.side && distance < best.distance)) best = { side, distance, i };
-  });
-  return best.i;
-}
-
-function first() {
-  return drawnAs.findIndex((i) => i >= 0);
-}
-
-function bring(i) {
-  if (i < 0) return;
-  show(i);
-  const [x, y] = screenOf(i);
-  const inside = x > 0 && y > 0 && x < parts.plot.clientWidth && y < parts.plot.clientHeight;
-  if (!inside) panTo(...placeOf(i).map((value) => -value));
-}
-
-// Shows the point where the visitor was, or the first.
-function resume() {
-  bring(drawnAs[last] >= 0 ? last : first());
-}
-
-function onKey(event) {
-  const directions = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-  const actions = {
-    Home: () => bring(first()),
-    End: () => bring(drawnAs.findLastIndex((i) => i >= 0)),
-    Enter: () => open(active),
-    " ": () => open(active),
-    Escape: () => show(-1),
-    "+": () => zoomAt(STEP, 0, 0),
-    "-": () => zoomAt(1 / STEP, 0, 0),
-    0: reset,
-  };
-  const way = directions[event.key];
-  const act = way ? () => (active < 0 ? resume() : bring(inDirection(active, way))) : actions[event.key];
-  if (!act || event.ctrlKey || event.metaKey || event.altKey) return;
-  event.preventDefault();
-  act();
-}
-
-function onWheel(event) {
-  if (!event.ctrlKey && !event.metaKey) return;
-  event.preventDefault();
-  const turned = event.deltaY * (event.deltaMode ? 16 : 1);
-  zoomAt(2 ** (-Math.min(Math.max(turned, -50), 50) / 100), ...fromMiddle(event));
-}
-
-function onDown(event) {
-  if (event.button) return;
-  if (!fingers.size) travelled = 0;
-  fingers.set(event.pointerId, fromMiddle(event));
-  parts.plot.setPointerCapture(event.pointerId);
-}
-
-function onMove(event) {
-  const here = fromMiddle(event);
-  const before = fingers.get(event.pointerId);
-  if (!before) return show(nearest(...here, REACH.mouse));
-  fingers.set(event.pointerId, here);
-  const [dx, dy] = [here[0] - before[0], here[1] - before[1]];
-  travelled += Math.abs(dx) + Math.abs(dy);
-  if (fingers.size === 2) return pinch(event.pointerId, before, here);
-  if (travelled >= STILL) panTo(camera.x + dx, camera.y + dy);
-}
-
-// Two fingers: what lies under the resting one stays there.
-function pinch(id, before, here) {
-  const [, rest] = [...fingers].find(([other]) => other !== id);
-  const apart = ([x, y]) => Math.max(Math.hypot(x - rest[0], y - rest[1]), 1);
-  zoomAt(apart(here) / apart(before), ...rest);
-}
-
-function onClick(event) {
-  if (travelled >= STILL) return;
-  const touch = event.pointerType && event.pointerType !== "mouse";
-  const i = event.detail ? nearest(...fromMiddle(event), touch ? REACH.touch : REACH.mouse) : active;
-  show(i);
-  open(i);
-}
-
-function listen(plot) {
-  const release = (event) => fingers.delete(event.pointerId);
-  plot.addEventListener("pointerdown", onDown);
-  plot.addEventListener("pointermove", onMove);
-  plot.addEventListener("pointerup", release);
-  plot.addEventListener("pointercancel", release);
-  plot.addEventListener("pointerleave", () => fingers.size || plot.matches(":focus-visible") || show(-1));
-  plot.addEventListener("click", onClick);
-  plot.addEventListener("wheel", onWheel, { passive: false });
-  plot.addEventListener("keydown", onKey);
-  plot.addEventListener("focus", () => plot.matches(":focus-visible") && active < 0 && resume());
-  plot.addEventListener("blur", () => show(-1));
-}
-
-watch("value", render);
-render();

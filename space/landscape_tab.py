@@ -11,6 +11,8 @@ from panel import HERE, LIGHT, neuron_panel
 
 __all__ = ["landscape_tab"]
 
+SCRIPTS = ("landscape.js", "landscape_input.js")
+
 
 def landscape_tab(page: Page, language: Component, opened: Any) -> None:
     """The components of the tab, and the events between them. opened: the event of the tab's first sight."""
@@ -19,7 +21,7 @@ def landscape_tab(page: Page, language: Component, opened: Any) -> None:
             plot = gr.HTML(
                 as_json(view.waiting("Reading the landscape…")),
                 html_template='<div class="landscape"></div>',
-                js_on_load=(HERE / "landscape.js").read_text(encoding="utf-8"),
+                js_on_load="\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
                 apply_default_css=False,
                 elem_id="landscape",
             )

@@ -44,7 +44,7 @@ def linked_html(elem_id: str, value: Any = "", *, scripts: tuple[str, ...] = ("l
 def slider(minimum: float, maximum: float, value: float, **options: Any) -> gr.Slider:
     """A slider that takes what its number box holds while it is typed in: nothing is the least, too much the most.
 
-    Gradio refuses both as errors. A component of our own class would do, but gradio writes a file beside each such class.
+    Gradio answers both with an error. A class of our own would be no way out: gradio writes a file beside each.
     """
     made = gr.Slider(minimum, maximum, value, **options)
     within = made.preprocess

@@ -1,0 +1,139 @@
+"""A Space of a release as a process of its own, and what a visitor does on its page in a headless browser.
+
+with serving(release, folder) as address, opened(browser, address) as page:
+    ask(page, "The president saw a bomb.")
+    neurons(page)
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safesail.assets import asset
+
+__all__ = ["ask", "cells", "choose", "chromium", "neurons", "opened", "serving", "wait_for"]
+
+_OURS = ("SPACE_ID", "SAFESAIL_RELEASE", "SAFESAIL_MODEL", "SAFESAIL_HOST", "SAFESAIL_PORT")
+_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+@contextlib.contextmanager
+def serving(release: Path | str, folder: Path, **environment: str) -> Iterator[str]:
+    """The address of a Space of the release, on a free port; its log, in `folder`, holds no traceback at the end.
+
+    environment: variables of the process besides those that name the release and the port.
+    """
+    port, log = _free_port(), folder / "log.txt"
+    inherited = {key: value for key, value in os.environ.items() if key not in _OURS}
+    ours = {"SAFESAIL_RELEASE": str(release), "SAFESAIL_PORT": str(port)}
+    with log.open("w") as output:
+        command = [sys.executable, str(asset("space/app.py"))]
+        server = subprocess.Popen(command, env=inherited | ours | environment, stdout=output, stderr=output)
+        try:
+            wait_for(port, server, log)
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            server.terminate()
+            server.wait(timeout=20)
+    written = log.read_text()
+    assert "Traceback" not in written, written[-4000:]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(port: int, server: subprocess.Popen[bytes], log: Path | None = None) -> None:
+    """Return when the page answers. log: what the process wrote, for the message if it ends instead."""
+    for _ in range(600):
+        assert server.poll() is None, f"the Space ended instead of serving: {log.read_text()[-4000:] if log else ''}"
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the Space did not answer within a minute")
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """A headless Chromium of this machine; the test is skipped where there is none."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("chromium is not installed")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=_FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def opened(
+    browser: Any, address: str, *, width: int = 1280, height: int = 900, fragment: str = "", **context: Any
+) -> Iterator[Any]:
+    """A new visitor's page, which asks no other host and writes no error to the console.
+
+    fragment: what stands in the address after #. context: other options of `browser.new_context`, as `color_scheme`.
+    """
+    requests: list[str] = []
+    errors: list[str] = []
+    visitor = browser.new_context(viewport={"width": width, "height": height}, **context)
+    page = visitor.new_page()
+    page.set_default_timeout(20_000)
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    try:
+        page.goto(f"{address}#{fragment.removeprefix('#')}" if fragment else address)
+        page.locator("h1", has_text="safesail").wait_for()
+        yield page
+    finally:
+        visitor.close()
+    elsewhere = [url for url in requests if not url.startswith((address, "data:", "blob:"))]
+    assert elsewhere == [], elsewhere
+    assert errors == [], errors
+
+
+def ask(page: Any, prompt: str, *, new_tokens: int = 4) -> Any:
+    """Run a prompt as a visitor does and wait for the neurons of the selected token; the token buttons."""
+    page.locator("#prompt textarea").fill(prompt)
+    number = page.get_by_role("spinbutton", name="Max new tokens")
+    if not number.is_visible():
+        page.get_by_role("button", name="System prompt and settings").click()
+        page.get_by_label("range slider for Max new tokens").wait_for()
+        page.wait_for_timeout(300)  # an accordion that opens sets its fields' values once more
+    number.fill(str(new_tokens))
+    number.blur()
+    page.get_by_role("button", name="Run", exact=True).click()
+    tokens = page.locator("#strip button")
+    tokens.first.wait_for()
+    page.locator("#neurons :is(table, p)").first.wait_for()
+    return tokens
+
+
+def choose(page: Any, elem_id: str, choice: str) -> None:
+    """Choose from a dropdown as a visitor does."""
+    page.locator(f"#{elem_id} input").click()
+    page.get_by_role("option", name=choice, exact=True).click()
+
+
+def neurons(page: Any) -> list[list[str]]:
+    """The rows of the neurons that the selected token has, as the texts of their cells."""
+    return cells(page, "#neurons")
+
+
+def cells(page: Any, place: str) -> list[list[str]]:
+    """The body rows of the table at a place of the page, as the texts of their cells."""
+    rows = page.locator(f"{place} tbody tr").all()
+    return [[cell.strip() for cell in row.locator("td").all_inner_texts()] for row in rows]
