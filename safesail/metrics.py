@@ -8,6 +8,7 @@ from torch import Tensor
 
 __all__ = [
     "DEFINITIONS",
+    "DIAGNOSIS_DEFINITIONS",
     "Interval",
     "auroc",
     "auroc_difference",
@@ -49,6 +50,11 @@ DEFINITIONS = {
     "of a pair are swapped together",
     "above_null/v1": "i_cdf/v1 - i_cdf_null/v1",
     "auroc/v1": "probability that an active unit is predicted higher than a silent one, ties counting half",
+    "confusion/v1": "counts of units by prediction (yes or no) and by true activity above 0",
+    "simulation/v1": "Pearson correlation of simulated and true segment activity over concatenated held-out texts",
+}
+
+DIAGNOSIS_DEFINITIONS = {
     "auroc_texts/v1": "probability that a text about the domain is scored higher than one that is not, ties counting "
     "half; 95 % interval from resampling whole groups of texts (1,000 bootstrap resamples)",
     "share/v1": "successes / trials, with Wilson's 95 % score interval",
@@ -56,10 +62,8 @@ DEFINITIONS = {
     "with exp(log ratio ± 1.96 standard errors) as 95 % interval; undefined where a row or a column is empty",
     "fisher_exact/v1": "two-sided p: the probability, with the table's margins fixed, of all tables that are no more "
     "probable than the one seen",
-    "confusion/v1": "counts of units by prediction (yes or no) and by true activity above 0",
-    "simulation/v1": "Pearson correlation of simulated and true segment activity over concatenated held-out texts",
 }
-
+"""Of the numbers of `safesail.diagnosis`, which no SAE's card holds."""
 
 _DRAWS_AT_ONCE = 1 << 21
 _Z95 = 1.959963984540054  # the standard normal's 0.975 quantile

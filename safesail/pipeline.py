@@ -392,6 +392,7 @@ def _spent(usage: dict[str, Any] | None, stage: str, run: Run) -> str:
 _IN_WORDS = {
     "encoder": "the sentence encoder",
     "space": "the Space",
+    "diagnosis": "the stored results of the diagnosis",
     "explain_prompts": "the explainer's prompts",
     "simulate_prompts": "the simulator's prompts",
 }

@@ -3,7 +3,8 @@
     runs/<release>/
     ├── run.json     the recipe as used and one record per finished stage
     ├── saes/ neurons/ examples/ inspector/     one sub-folder per Hub repository: what `build` makes
-    └── scratch/     one folder per stage (its result and its record), and the unfinished stage's partial work
+    └── scratch/     one folder per stage (its result and its record), and the unfinished stage's partial work;
+                     diagnosis/ holds the results of the diagnosis, which no stage makes and `build` publishes
 
 A stage works in `scratch/.<stage>.partial`, puts its record into that folder and renames it: a result and its record
 appear together or not at all. A stage is *done* when its record's fingerprint equals the fingerprint that the recipe
@@ -18,6 +19,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -52,6 +54,8 @@ class Stage(NamedTuple):
     """Names of outside inputs (the model, the texts) whose fingerprints the pipeline supplies."""
     shared: bool = False
     """Whether all ranks of torchrun work on it together."""
+    stored: tuple[str, ...] = ()
+    """Names of folders in `scratch/` that no stage makes and that it reads where they are there."""
 
 
 STAGES: dict[str, Stage] = {
@@ -64,7 +68,13 @@ STAGES: dict[str, Stage] = {
         Stage("collect", ("seed", "collect"), ("harvest", "select")),
         Stage("explain", ("seed", "explain"), ("select", "collect"), ("encoder", "taxonomy", "explain_prompts")),
         Stage("score", ("seed", "score"), ("harvest", "collect", "explain"), ("encoder", "simulate_prompts")),
-        Stage("build", ("name", "publish"), ("eval", "select", "collect", "explain", "score"), ("cards", "space")),
+        Stage(
+            "build",
+            ("name", "publish"),
+            ("eval", "select", "collect", "explain", "score"),
+            ("cards", "space"),
+            stored=("diagnosis",),
+        ),
     )
 }
 
@@ -164,7 +174,7 @@ class Run:
             SCHEMA,
             stage,
             {name: recipe[name] for name in definition.sections},
-            {name: self.inputs.get(name) for name in definition.inputs},
+            {name: self.inputs.get(name) for name in definition.inputs} | self._stored_for(stage),
             {name: self.expected_fingerprint(name) for name in definition.after},
         )
 
@@ -180,9 +190,13 @@ class Run:
 
         Records and marks made before inputs were kept in them name none.
         """
-        known = [record.get("inputs", {}) for record in (self.record(name), _read_mark(self._partial(name))) if record]
-        now = self._inputs_of(name)
-        return [each for each in now if any(before.get(each, now[each]) != now[each] for before in known)]
+        records = [record for record in (self.record(name), _read_mark(self._partial(name))) if record]
+        known, now = [record["inputs"] for record in records if record.get("inputs")], self._inputs_of(name)
+        changed = [each for each in now if any(each in before and before[each] != now[each] for before in known)]
+        # what is stored may have come or gone, so that it has no fingerprint on one of the two sides
+        stored = STAGES[name].stored
+        came_or_went = [each for each in stored if any((each in before) != (each in now) for before in known)]
+        return changed + came_or_went
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[StageWork]:
@@ -234,7 +248,19 @@ class Run:
         return self.scratch / f".{name}.partial"
 
     def _inputs_of(self, name: str) -> dict[str, str]:
-        return {each: self.inputs[each] for each in STAGES[name].inputs if each in self.inputs}
+        given = {each: self.inputs[each] for each in STAGES[name].inputs if each in self.inputs}
+        return given | self._stored_for(name)
+
+    def _stored_for(self, name: str) -> dict[str, str]:
+        """The fingerprints of what a stage reads besides stages; where there is nothing, there is no fingerprint."""
+        return {each: self._stored[each] for each in STAGES[name].stored if each in self._stored}
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        """{folder in `scratch/` that no stage makes: a fingerprint of its files}, as they are when first asked for."""
+        folders = {each: self.scratch / each for stage in STAGES.values() for each in stage.stored}
+        hashes = {name: _file_hashes(folder) for name, folder in folders.items()}
+        return {name: fingerprint(found) for name, found in hashes.items() if found}
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -262,6 +288,13 @@ def dependents(name: str) -> list[str]:
         if {name, *found} & set(stage.after):
             found.append(stage.name)
     return found
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """{name: SHA-256} of the files below a folder; hidden ones are left out, as are those that are being written."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    shown = {name: path for name, path in files.items() if not re.search(r"(^|/)\.", name)}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in shown.items()}
 
 
 def fingerprint(*values: Any) -> str:

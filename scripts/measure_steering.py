@@ -1,6 +1,6 @@
 """Does steering a neuron move its own tokens? Against random directions and random other latents of the same SAE.
 
-    python scripts/measure_steering.py runs/demo --amounts 4
+    python scripts/measure_steering.py runs/demo --amounts 4 [--everywhere]
 
 The neurons are chosen by a rule on their rows alone: a word of the subject in explanation or concept, a score above
 weak; of each subject the five best. Each is steered by fixed amounts on all tokens of the prompts below, and what is
@@ -154,10 +154,13 @@ def null_rows(inspector: Inspector, hook_point: str, n: int, without: int, seed:
 
 
 @torch.inference_mode()
-def log_probabilities(inspector: Inspector, prompts: Sequence[str], interventions: list[Intervention]) -> Tensor:
+def log_probabilities(
+    inspector: Inspector, prompts: Sequence[str], interventions: list[Intervention], *, everywhere: bool = False
+) -> Tensor:
     """The log-probabilities of the token after each prompt: (n_prompts, vocabulary), in nats.
 
-    Prompts are padded on the right, where causal attention does not look.
+    everywhere: instead, the mean of those after each of its tokens. Prompts are padded on the right, where causal
+    attention does not look.
     """
     encoded = [inspector.encode(prompt) for prompt in prompts]
     width, pad = max(map(len, encoded)), inspector.tokenizer.pad_token_id or 0
@@ -165,8 +168,12 @@ def log_probabilities(inspector: Inspector, prompts: Sequence[str], intervention
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in encoded])
     with intervened(inspector, interventions):
         hidden = inspector.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    unembed = inspector.model.get_output_embeddings()
+    if everywhere:
+        parts = [unembed(hidden[i, : len(row)]).double().log_softmax(-1).mean(0) for i, row in enumerate(encoded)]
+        return torch.stack(parts)
     last = hidden[torch.arange(len(encoded)), [len(row) - 1 for row in encoded]]
-    return inspector.model.get_output_embeddings()(last).double().log_softmax(-1)
+    return unembed(last).double().log_softmax(-1)
 
 
 def mean_changes(before: Tensor, after: Tensor, ids: Sequence[int]) -> Tensor:
@@ -178,7 +185,14 @@ def mean_changes(before: Tensor, after: Tensor, ids: Sequence[int]) -> Tensor:
 
 
 def measure(
-    inspector: Inspector, neuron: str, amount: float, token_sets: Sequence[Sequence[int]], before: Tensor, n_null: int
+    inspector: Inspector,
+    neuron: str,
+    amount: float,
+    token_sets: Sequence[Sequence[int]],
+    before: Tensor,
+    n_null: int,
+    *,
+    everywhere: bool = False,
 ) -> list[Measured]:
     """What steering the neuron, random directions and other latents does to each set of tokens."""
     hook_point, latent = parse_neuron_id(neuron, inspector.saes)
@@ -189,7 +203,8 @@ def measure(
     planted = with_directions(inspector, hook_point, rows, size)
     changes = []  # of each direction, of each set of tokens: (n_prompts,)
     for j in range(len(rows)):
-        after = log_probabilities(planted, PROMPTS, [Intervention(neuron_id(hook_point, j), "steer", amount)])
+        steered = [Intervention(neuron_id(hook_point, j), "steer", amount)]
+        after = log_probabilities(planted, PROMPTS, steered, everywhere=everywhere)
         changes.append([mean_changes(before, after, ids) for ids in token_sets])
     return [measured([change[i] for change in changes], n_null) for i in range(len(token_sets))]
 
@@ -250,10 +265,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("release")
     parser.add_argument("--amounts", type=float, nargs="+", default=[4.0])
     parser.add_argument("--null", type=int, default=24, help="random directions, and as many other latents")
+    parser.add_argument("--everywhere", action="store_true", help="after every token of a prompt, not the last alone")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args(arguments)
     inspector, examples = Inspector.from_pretrained(options.release), Examples(options.release)
-    before = log_probabilities(inspector, PROMPTS, [])
+    where = options.everywhere
+    before = log_probabilities(inspector, PROMPTS, [], everywhere=where)
     neurons = chosen(inspector.database)
     kept: dict[tuple[str, float], list[Measured]] = {}
     rows: list[dict[str, Any]] = []
@@ -264,7 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "fires on": tokens_fired_on(examples.of(neuron.neuron_id), inspector.tokenizer),
                 "promotes": [token.token for token in inspector.promoted_tokens(neuron.neuron_id, N_TOKENS)],
             }
-            results = measure(inspector, neuron.neuron_id, amount, list(sets.values()), before, options.null)
+            ids_of = list(sets.values())
+            results = measure(inspector, neuron.neuron_id, amount, ids_of, before, options.null, everywhere=where)
             for (kind, ids), result in zip(sets.items(), results, strict=True):
                 texts = [inspector.tokenizer.decode([id]) for id in ids]
                 print(table_row(neuron, amount, kind, texts, result), flush=True)

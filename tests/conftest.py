@@ -1,11 +1,13 @@
 """A tiny world made in memory: a random two-layer language model, a random sentence encoder, texts, and a release."""
 
+import importlib
 import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -208,3 +210,39 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def release(request: pytest.FixtureRequest) -> Path:
     """The release of invented facts, and one that was made in truth."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def space() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of the Space by its name, as on the Hub: its folder is where Python looks for modules first."""
+    from safesail.assets import asset
+
+    sys.path.insert(0, str(asset("space")))
+    yield importlib.import_module
+    sys.path.remove(str(asset("space")))
+
+
+@pytest.fixture(scope="session")
+def told(tmp_path_factory: pytest.TempPathFactory, demo_run: Path) -> Path:
+    """The miniature's model and SAEs with invented neurons in two languages, for what is shown of a release."""
+    from told_release import told_release
+
+    return told_release(demo_run, tmp_path_factory.mktemp("told") / "told")
+
+
+@pytest.fixture(scope="session")
+def told_space(tmp_path_factory: pytest.TempPathFactory, told: Path) -> Iterator[str]:
+    """The address of a Space of the `told` release: one for all the tests that only look at it."""
+    from browsing import serving
+
+    with serving(told, tmp_path_factory.mktemp("space")) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium; tests that need it are skipped where it or playwright is not installed."""
+    from browsing import chromium
+
+    with chromium() as browser:
+        yield browser

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from browsing import wait_for
 from hub_double import HubDouble
-from test_space import wait_for
 
 from safesail.neurons import NeuronDatabase
 from safesail.release.front_matter import CONFIGS

@@ -5,6 +5,7 @@ once, with nothing masked and nothing decoded and tokenised again.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,6 +186,11 @@ class Inspector:
     def _left_out_roles(self, roles: list[int]) -> list[str]:
         kept = {code for policy in self._policies for code in role_codes(policy)}
         return ["" if code in kept else ROLES[code] for code in roles]
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """{hook point: which SAE is read there}, by which a result is told from those of another release."""
+        return {name: sae.identity for name, sae in self.saes.items()}
 
     @property
     def max_tokens(self) -> int:

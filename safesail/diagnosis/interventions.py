@@ -116,7 +116,7 @@ def next_token_change(
     before, after = _answer(inspector, asked, [], once).first, _answer(inspector, asked, changes, once).first
     row = row_of_next_tokens(inspector, asked, changes, before, after, ids=ids, top=top)
     call = f"next_token_change(inspector, {prompt!r}, {_shown(changes)}, {tokens!r}, {top})"
-    facts = {"caveat": CAVEAT, "n_prompts": 1}
+    facts = {"caveat": CAVEAT, "n_prompts": 1, "saes": inspector.identity}
     return Result("interventions", [row], INTERVENTIONS, _python(inspector, "next_token_change", call), facts)
 
 
@@ -140,6 +140,7 @@ def _compared(
             progress.update()
     n_changed = sum(row["ids_unchanged"] != row["ids_changed"] for row in rows)
     facts = {"caveat": CAVEAT, "n_prompts": len(rows), "n_answers_changed": n_changed, **sampling._asdict()}
+    facts |= {"saes": inspector.identity}
     call = f"{function}(inspector, {list(prompts)!r}, {_shown(changes)}, {_keywords(sampling)})"
     return Result("interventions", rows, INTERVENTIONS, _python(inspector, function, call), facts)
 

@@ -100,7 +100,7 @@ def knowledge(
     rows = [_row(inspector, name, *each, above) for each in zip(listed, said, strict=True)]
     table = contingency([row["fires"] for row in rows], [row["known"] for row in rows])
     facts = {"neuron_id": name, "carrier": CARRIER, "n_entities": len(rows), "max_new_tokens": max_new_tokens}
-    facts |= {"above": above, "table": _plain_table(table)}
+    facts |= {"above": above, "table": _plain_table(table), "saes": inspector.identity}
     return Result("knowledge", rows, KNOWLEDGE, _python(inspector, name, entities, max_new_tokens, above), facts)
 
 

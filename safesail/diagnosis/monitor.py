@@ -8,7 +8,6 @@ an activation per neuron, and the token it fired on. The probability is one amon
 with their share of the domain.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -118,7 +117,7 @@ class Monitor:
             min_score,
             int(y.sum()),
             int((~y).sum()),
-            _identity(inspector),
+            inspector.identity,
             inspector,
         )
 
@@ -150,7 +149,7 @@ class Monitor:
         """The monitor of a domain from a folder of `save`; InputError if it was made with another release."""
         path = Path(folder).expanduser() / f"{domain}.json"
         facts = _read(path)
-        if facts["identity"] != _identity(inspector):
+        if facts["identity"] != inspector.identity:
             made = ", ".join(facts["identity"].values())
             raise InputError(
                 f"{path} was calibrated with other SAEs ({made}) than those of {inspector.release}; "
@@ -192,15 +191,6 @@ def _unit(inspection: Inspection, row: int) -> tuple[int, str]:
 
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def _identity(inspector: Inspector) -> dict[str, str]:
-    """Which SAEs these are: an id can be given to another SAE, its encoder's numbers cannot."""
-    found = {}
-    for hook_point, sae in inspector.saes.items():
-        part = torch.cat([sae.b_enc.detach().flatten(), sae.W_enc.detach()[:8].flatten()]).float().cpu().contiguous()
-        found[hook_point] = f"{sae.config.sae_id} {hashlib.sha256(part.numpy().tobytes()).hexdigest()[:16]}"
-    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

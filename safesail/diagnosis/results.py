@@ -48,14 +48,17 @@ def read_result(path: str | Path) -> Result:
     """The result in a file of `write_result`; InputError for any other file."""
     try:
         table = pq.read_table(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(f"{path} is not a readable parquet file ({error}); make it again.") from error
     told = table.schema.metadata or {}
     if not {_CONFIG, _FACTS, _PYTHON} <= told.keys():
         raise InputError(f"{path} is not a result of a diagnosis; its metadata names no config.")
-    config: Any = told[_CONFIG].decode()
-    schema = table.schema.remove_metadata()
-    return Result(config, table.to_pylist(), schema, told[_PYTHON].decode(), json.loads(told[_FACTS]))
+    config: Any = told[_CONFIG].decode(errors="replace")
+    try:
+        python, facts = told[_PYTHON].decode(), json.loads(told[_FACTS])
+    except ValueError as error:
+        raise InputError(f"{path} is a damaged result of a diagnosis ({error}); make it again.") from error
+    return Result(config, table.to_pylist(), table.schema.remove_metadata(), python, facts)
 
 
 def default_path(release: str | Path, result: Result) -> Path:

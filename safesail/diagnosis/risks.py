@@ -60,7 +60,8 @@ def monitor_texts(
             risk = used[domain].score(inspection)
             above[domain] += risk.probability >= threshold
             rows += _rows(number, texts[number], risk, threshold)
-    facts = {"threshold": threshold, "n_texts": len(texts), "n_above": above} | {"neurons": _used(used, chosen)}
+    facts = {"threshold": threshold, "n_texts": len(texts), "n_above": above, "saes": inspector.identity}
+    facts |= {"neurons": _used(used, chosen)}
     source = monitors if not isinstance(monitors, dict) else _source(used, chosen)
     named = None if domains is None and source is monitors else chosen
     return Result("monitor", rows, MONITOR, _python(inspector.release, texts, source, named, threshold), facts)

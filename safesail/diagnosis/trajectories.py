@@ -78,6 +78,7 @@ def trajectories(
     read = readings(inspector, prompts, spoken)
     facts = {
         "release": inspector.release,
+        "saes": inspector.identity,
         "settings": {"answer": answer, "top": top, "by": by},
         "versions": [_version(read[label], spoken[label], seen[label]) for label in prompts],
         "concepts": concepts(rows if by == "neuron" else everything, list(prompts), by=by),

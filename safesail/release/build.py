@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from torch import Tensor
 
 from safesail import __version__
 from safesail.assets import asset
 from safesail.interpretation.collect import EXAMPLE_SCHEMA
 from safesail.metrics import DEFINITIONS
-from safesail.release.cards import write_cards
+from safesail.release.cards import repository, write_cards
 from safesail.release.curve import curve_svg
+from safesail.release.diagnoses import gather, write_diagnoses
 from safesail.release.facts import Facts, flat_fidelity
 from safesail.release.landscape import landscape
 from safesail.release.manifest import write_manifest
@@ -48,14 +50,17 @@ _CONTRAST = (
 def build_stage(run: Run, taxonomy: Taxonomy, work: StageWork) -> None:
     """Make the release's folders beside the old ones, then swap them in."""
     facts = Facts(run)
+    normalisers = {row["neuron_id"]: row["normaliser"] for row in facts.statistics}
+    diagnoses = gather(run.scratch / "diagnosis", normalisers, lambda: _identity(run, facts))
     for part in PARTS:
         shutil.rmtree(work.folder / part, ignore_errors=True)
         (work.folder / part).mkdir()
-    _saes(run, facts, work.folder / "saes")
+    decoders = _saes(run, facts, work.folder / "saes")
     rows = neuron_rows(facts, taxonomy)
-    _lay_out(run, facts, rows, work.folder / "neurons")
+    _lay_out(decoders, rows, run.recipe.seed, work.folder / "neurons")
     write_neurons(facts, rows, work.folder / "neurons")
     _examples(facts, work.folder / "examples")
+    write_diagnoses(diagnoses, work.folder / "examples", repository(run.recipe))
     _inspector(work.folder / "inspector")
     write_cards(run.recipe, facts, rows, taxonomy, work.folder)
     publish = run.recipe.publish
@@ -68,15 +73,23 @@ def build_stage(run: Run, taxonomy: Taxonomy, work: StageWork) -> None:
         (work.folder / part).rename(run.part(part))
     work.facts["n_neurons"] = len(rows)
     work.facts["n_tagged"] = sum(bool(row["domains"]) for row in rows)
+    if diagnoses:
+        work.facts["n_diagnoses"] = len(diagnoses)
 
 
-def _saes(run: Run, facts: Facts, folder: Path) -> None:
-    """Every SAE of the sweep with its metrics, and the manifest that marks the selected ones."""
+def _saes(run: Run, facts: Facts, folder: Path) -> dict[str, Tensor]:
+    """Write every SAE of the sweep with its metrics, and the manifest that marks the selected ones.
+
+    Gives {hook point: the selected one's W_dec, (d_sae, d_in)}.
+    """
     trained, measured = run.result("train"), run.result("eval")
-    saes = []
+    saes, decoders = [], {}
     for row in facts.curve:
         sae_id = row["sae_id"]
-        sae_files.read(trained / sae_id).save(folder / sae_id, firing_rates(measured, sae_id))
+        sae = sae_files.read(trained / sae_id)
+        sae.save(folder / sae_id, firing_rates(measured, sae_id))
+        if row["selected"]:
+            decoders[sae.config.hook_point] = sae.W_dec
         published = (*flat_fidelity(facts.fidelity[sae_id]), *_CONTRAST)
         metrics = {name: row[name] for name in published}
         write_json(folder / sae_id / "metrics.json", {"definitions": DEFINITIONS, "metrics": metrics})
@@ -98,13 +111,18 @@ def _saes(run: Run, facts: Facts, folder: Path) -> None:
             "definitions": DEFINITIONS,
         },
     )
+    return decoders
 
 
-def _lay_out(run: Run, facts: Facts, rows: list[Row], folder: Path) -> None:
-    """Give the rows of the main table their places on the landscape, and say by which method."""
+def _identity(run: Run, facts: Facts) -> dict[str, str]:
+    """{hook point: which SAE is selected there}."""
     trained, selected = run.result("train"), facts.selection["selected"]
-    decoders = {hook_point: sae_files.read(trained / sae_id).W_dec for hook_point, sae_id in selected.items()}
-    plane = landscape([decoders[row["hook_point"]][row["latent"]] for row in rows], run.recipe.seed)
+    return {name: sae_files.read(trained / sae_id).identity for name, sae_id in selected.items()}
+
+
+def _lay_out(decoders: dict[str, Tensor], rows: list[Row], seed: int, folder: Path) -> None:
+    """Give the rows of the main table their places on the landscape, and say by which method."""
+    plane = landscape([decoders[row["hook_point"]][row["latent"]] for row in rows], seed)
     for row, place in zip(rows, plane.places, strict=True):
         row["x"], row["y"] = place or (None, None)
     write_json(folder / "landscape.json", plane.facts)

@@ -18,6 +18,7 @@ from safesail.neurons import WEAK_BELOW
 from safesail.recipe import Recipe
 from safesail.release.columns import column_table
 from safesail.release.contrast import activity_test, group_table, pair_table, threshold_table
+from safesail.release.diagnosis_card import diagnosis_configs
 from safesail.release.facts import Facts
 from safesail.release.front_matter import CONFIGS, FRONT_MATTER, base_model_id, hub_sources
 from safesail.release.inert import json_row, md_cell, md_code, one_line
@@ -39,7 +40,7 @@ from safesail.release.summary import (
 from safesail.release.tables import split_name
 from safesail.taxonomy import Taxonomy
 
-__all__ = ["card_facts", "md_cell", "render", "write_cards"]
+__all__ = ["card_facts", "md_cell", "render", "repository", "write_cards"]
 
 Row = dict[str, Any]
 _FEW = 10
@@ -89,12 +90,12 @@ def card_facts(recipe: Recipe, facts: Facts, neurons: list[Row], taxonomy: Taxon
 
 def _release(recipe: Recipe, facts: Facts) -> Row:
     """What it is called and what it was made from."""
-    organization, known = recipe.publish.organization or "your-organization", base_model_id(recipe)
+    known = base_model_id(recipe)
     harvest = facts.records["harvest"]
     return {
         "name": recipe.name,
         "title": recipe.publish.title or recipe.name,
-        "repository": f"{organization}/{recipe.name}",
+        "repository": repository(recipe),
         "recipe": recipe,
         "base_model": recipe.model.name,
         "model_link": f"[{known}](https://huggingface.co/{known})" if known else md_cell(recipe.model.name),
@@ -109,6 +110,11 @@ def _release(recipe: Recipe, facts: Facts) -> Row:
         "chosen_by_words": any(source.about for source in recipe.corpus.sources),
         "n_near_misses": sum(row["stratum"] == "near-miss" for row in facts.examples),
     }
+
+
+def repository(recipe: Recipe) -> str:
+    """The release's id on the Hub, as `org/demo`, to which every part adds its own name."""
+    return f"{recipe.publish.organization or 'your-organization'}/{recipe.name}"
 
 
 def _licences(recipe: Recipe, facts: Facts) -> Row:
@@ -232,7 +238,10 @@ def _simulators(scores: list[Row], method: str) -> list[str]:
 
 
 def _columns(folder: Path, facts: Facts, neurons: list[Row]) -> Row:
-    """The columns of every config as they stand in its file, and a row of the main table. folder: the release."""
+    """What the files say: the columns of every config, a row of the main table, and the results of the diagnosis.
+
+    folder: the release.
+    """
     files = {name: folder / "neurons" / name / "train.parquet" for name in CONFIGS}
     files["explanations"] = folder / "neurons/explanations" / f"{facts.language}.parquet"
     first = next((row for row in neurons if row["domains"] and row["explanation"]), (neurons or [None])[0])
@@ -240,6 +249,7 @@ def _columns(folder: Path, facts: Facts, neurons: list[Row]) -> Row:
     return {
         "columns": {name: markdown(*column_table(file)) for name, file in files.items()},
         "example_columns": markdown(*column_table(folder / "examples/examples/train.parquet")),
+        "diagnoses": diagnosis_configs(folder / "examples"),
         "example_row": json_row(row) if row else "",
         "landscape": in_words(json.loads((folder / "neurons/landscape.json").read_text(encoding="utf-8"))),
     }

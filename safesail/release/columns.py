@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from safesail.release.summary import Table
 
-__all__ = ["COLUMNS", "column_table", "meaning"]
+__all__ = ["COLUMNS", "DIAGNOSIS_COLUMNS", "column_table", "meaning"]
 
 COLUMNS = {
     # what a row is about
@@ -108,7 +108,55 @@ COLUMNS = {
 }
 """{column: its meaning}. Columns that belong together share a key; `config/column` is for one config alone."""
 
-_MEANINGS = {name: text for names, text in COLUMNS.items() for name in names.split(", ")}
+DIAGNOSIS_COLUMNS = {
+    # trajectories
+    "trajectories/label": "the version of the prompt",
+    "trajectories/language": "of the version; null: none was stated",
+    "trajectories/token_index": "the place of the token among the readable ones, from 0",
+    "trajectories/token": "the token that the neuron fires on",
+    "trajectories/is_answer": "whether the model generated the token",
+    "trajectories/activation": "the neuron's activation on the token",
+    "trajectories/normalised, knowledge/normalised": "`activation` over the neuron's normaliser; null: it has none",
+    # interventions
+    "interventions/prompt": "what the model was asked",
+    "interventions/answer_unchanged, interventions/answer_changed": "its answers without and with the interventions; "
+    "null: only the next token was asked for",
+    "interventions/declines_unchanged, interventions/declines_changed": "whether the answer declines",
+    "interventions/n_equal_ids": "with how many equal token ids the two answers begin",
+    "interventions/interventions": "`neuron_id`, `kind` (steer, clamp or ablate) and `amount` in multiples of the "
+    "normaliser",
+    "interventions/next_tokens": "tokens right after the prompt (`token` id, `text`) with their probabilities without "
+    "and with the interventions, and the natural logarithms of these",
+    "interventions/chat": "whether the prompt was put as a chat",
+    "interventions/prompt_ids, interventions/ids_unchanged, interventions/ids_changed": "token ids",
+    # knowledge
+    "knowledge/name": "who is asked about",
+    "knowledge/fires": "whether the neuron fires on a token of the name, in a neutral sentence",
+    "knowledge/known": "whether the continuation holds an accepted answer",
+    "knowledge/activation": "the neuron's largest activation on the name; 0: it is silent",
+    "knowledge/token": "the token of that activation; empty: it is silent",
+    "knowledge/continuation": "the model's, of the prompt",
+    "knowledge/prompt": "whose continuation shows whether the model knows it",
+    "knowledge/accepted": "answers that show it",
+    # monitor
+    "monitor/text": "the text that was read",
+    "monitor/domain": "whose risk it is",
+    "monitor/probability": "of the domain, by the monitor",
+    "monitor/above": "whether it reaches the threshold",
+    "monitor/neuron_id": "which fired; null: no neuron of the monitor did",
+    "monitor/token": "the token that it fired on most",
+    "monitor/index": "the place of that token among the readable ones, from 0",
+    "monitor/activation": "the largest activation over the neuron's normaliser",
+    "monitor/coefficient": "of the neuron in the monitor",
+    "monitor/contribution": "coefficient · activation: what the neuron adds to the log odds",
+    "monitor/number": "of the text in its result, from 0",
+    "monitor/intercept": "the log odds where no neuron fires",
+}
+"""{config/column: its meaning} of the results of the diagnosis, which a release may have or not."""
+
+_MEANINGS = {
+    name: text for table in (COLUMNS, DIAGNOSIS_COLUMNS) for names, text in table.items() for name in names.split(", ")
+}
 _TYPES = {"string": "text", "double": "number", "float": "number", "bool": "yes or no"}
 
 
@@ -139,4 +187,6 @@ def column_table(path: Path) -> Table:
 def _type(kind: pa.DataType) -> str:
     if pa.types.is_list(kind):
         return f"list of {_type(kind.value_type)}s"
+    if pa.types.is_struct(kind):
+        return "record"
     return _TYPES.get(str(kind)) or {True: "whole number"}[pa.types.is_integer(kind)]

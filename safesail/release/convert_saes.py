@@ -18,6 +18,7 @@ from safesail.files import write_tensors
 from safesail.recipe import PublishSection
 from safesail.release.cards import render
 from safesail.release.front_matter import RELATION
+from safesail.release.hub_id import hub_id
 from safesail.release.manifest import write_manifest
 from safesail.repository import Repository
 from safesail.run import write_json
@@ -284,7 +285,7 @@ def _facts(
 def _model_front(licence: str | None, base_models: list[str], to: str) -> str:
     from huggingface_hub import ModelCardData
 
-    on_hub = [name for name in base_models if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
+    on_hub = [name for name in base_models if hub_id(name)]
     data: Row = {"base_model": on_hub, "base_model_relation": RELATION} if on_hub else {}
     return ModelCardData(
         **data,

@@ -4,6 +4,7 @@ from typing import Any
 
 from safesail.metrics import DEFINITIONS
 from safesail.recipe import Recipe
+from safesail.release.hub_id import hub_id
 from safesail.release.inert import one_line
 from safesail.release.licences import card_licence, licence_of_texts
 from safesail.release.tables import split_name
@@ -40,12 +41,12 @@ _GRADIO = "6.31.0"
 
 def base_model_id(recipe: Recipe) -> str | None:
     """The base model's Hub id; None where the recipe names a local folder alone."""
-    return _hub_id(recipe.model.name)
+    return hub_id(recipe.model.name)
 
 
 def hub_sources(recipe: Recipe) -> list[str]:
     """The Hub ids among the sources of the texts: what was loaded from there, or is named as its origin."""
-    found = (_hub_id(source.origin) or _hub_id(_public_path(source)) for source in recipe.corpus.sources)
+    found = (hub_id(source.origin) or hub_id(_public_path(source)) for source in recipe.corpus.sources)
     return list(dict.fromkeys(name for name in found if name))
 
 
@@ -114,14 +115,18 @@ def _neurons_front(facts: Row) -> str:
 
 def _examples_front(facts: Row) -> str:
     files = [{"split": "train", "path": "examples/train.parquet"}]
-    configs = [{"config_name": "examples", "data_files": files, "default": True}]
+    configs: list[Row] = [{"config_name": "examples", "data_files": files, "default": True}]
+    for config in facts["diagnoses"]:
+        files = [{"split": "train", "path": config["files"]}]
+        configs.append({"config_name": config["name"], "data_files": files})
     more = {
         **_languages(facts["recipe"].publish.languages),
         **licence_of_texts([licence for _, _, licence in facts["sources"]]),
         **_gate(facts["recipe"].publish.gate, facts["subjects"]),
     }
     tags = ["not-for-all-audiences"]
-    return _dataset_front(facts, "examples", configs, facts["n_examples"], tags=tags, **more)
+    n_rows = facts["n_examples"] + sum(config["n_rows"] for config in facts["diagnoses"])
+    return _dataset_front(facts, "examples", configs, n_rows, tags=tags, **more)
 
 
 def _dataset_front(facts: Row, part: str, configs: list[Row], n_rows: int, **more: Any) -> str:
@@ -179,18 +184,6 @@ def _space_front(facts: Row) -> str:
 
 
 # --- values -------------------------------------------------------------------------------------------------------
-
-
-def _hub_id(name: str) -> str | None:
-    """The name, if it is of the form that the Hub's ids have: `org/name`."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name if "/" in name else None
 
 
 def _public_path(source: Any) -> str:

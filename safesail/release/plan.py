@@ -5,8 +5,9 @@ Reads `safesail.json`, the cards and every file of the folders. Writes nothing, 
 
 import shlex
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+from safesail.diagnosis.results import Config
 from safesail.errors import InputError
 from safesail.release.manifest import MANIFEST, REPO_TYPES, FileFacts, Manifest, file_facts, published_files
 
@@ -116,7 +117,8 @@ class Plan(NamedTuple):
 
     def _rest(self) -> list[str]:
         if self.create_pr:
-            return ["One pull request on each repository whose content differs; nothing else is changed."]
+            proposed = "One pull request on each repository whose content differs; nothing else is changed."
+            return [*self._diagnoses(), proposed]
         gated = ", ".join(repo.part for repo in self.repos if repo.gated) or "none"
         lines = [
             f"gated       {gated}",
@@ -125,7 +127,17 @@ class Plan(NamedTuple):
         ]
         stays = "A repository that is public already stays so."
         opened = "Nothing is public before its checksums are verified and its gate is set."
-        return [*lines, stays if self.private else opened]
+        return [*self._diagnoses(), *lines, stays if self.private else opened]
+
+    def _diagnoses(self) -> list[str]:
+        """That somebody's own prompts are published, where they are."""
+        configs = get_args(Config)
+        n = sum(
+            name.partition("/")[0] in configs for repo in self.repos if repo.part == "examples" for name in repo.files
+        )
+        stored = self.source / "scratch/diagnosis"
+        said = f"{n} result{'s' if n != 1 else ''}, with prompts and answers as they are, in the examples"
+        return [f"diagnosis   {said}; delete what is not to go out in {stored}, and build again"] if n else []
 
 
 def plan_publication(folder: Path, *, private: bool = False, create_pr: bool = False) -> Plan:

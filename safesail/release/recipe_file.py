@@ -10,7 +10,7 @@ from typing import Any
 
 from safesail.recipe import Recipe, differences
 
-__all__ = ["recipe_toml"]
+__all__ = ["recipe_toml", "without_place"]
 
 Row = dict[str, Any]
 _PLACES = ("path", "model", "tokenizer", "encoder")
@@ -24,14 +24,14 @@ def recipe_toml(recipe: Recipe) -> str:
     """
     settings = {name: value for name, value in recipe.dump().items() if name != "runtime"}
     for section in (settings["model"], settings["explain"], settings["score"], *settings["corpus"]["sources"]):
-        section |= {key: _without_place(section[key]) for key in _PLACES if key in section}
-    settings["select"]["pairs"] = [_without_place(name) for name in settings["select"]["pairs"]]
+        section |= {key: without_place(section[key]) for key in _PLACES if key in section}
+    settings["select"]["pairs"] = [without_place(name) for name in settings["select"]["pairs"]]
     text = "\n".join(_lines("", settings)).strip() + "\n"
     meant, said = Recipe.parse(settings).dump(), Recipe.parse(tomllib.loads(text)).dump()
     return "".join(f"# cannot be said here: {line}\n" for line in differences(said, meant)) + text
 
 
-def _without_place(path: str) -> str:
+def without_place(path: str) -> str:
     """A Hub id, or a path inside the working folder, as it is; of another file or folder the name alone."""
     local = Path(path)
     outside = local.is_absolute() or path.startswith("~") or ".." in local.parts

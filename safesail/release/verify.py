@@ -7,23 +7,22 @@ sizes, checksums and headers are asked for; tables, cards and JSON are downloade
 A check that cannot be made, since what it needs is missing or unreadable, is skipped; the check of that thing fails.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safesail.errors import InputError
-from safesail.release.checks import files, numbers, saes, tables, together
+from safesail.release.checks import diagnoses, files, numbers, saes, tables, together
 from safesail.release.checks.finding import Finding, Looked, finding
 from safesail.release.checks.part import Part
+from safesail.release.hub_id import hub_id
 from safesail.release.manifest import MANIFEST, REPO_TYPES, Manifest
 from safesail.repository import Repository
 
 __all__ = ["Finding", "lines", "to_json", "verify"]
 
 Row = dict[str, Any]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def verify(
@@ -114,7 +113,7 @@ def _places(source: str) -> tuple[dict[str, str], list[str]]:
         if not found:
             raise InputError(f"{source} has no {MANIFEST} and no folder of a release; build one: safesail build RUN")
         return found, [part for part in REPO_TYPES if part not in found]
-    if not _HUB_ID.fullmatch(source):
+    if not hub_id(source):
         raise InputError(f"{source!r} is neither an existing folder nor a Hub id like org/name.")
     alone = [part for part in REPO_TYPES if source.endswith(f"-{part}")]
     return ({alone[0]: source} if alone else {part: f"{source}-{part}" for part in REPO_TYPES}), []
@@ -165,7 +164,12 @@ _CHECKS: dict[str, list[tuple[str, Callable[[Part], Looked]]]] = {
         ("landscape", numbers.landscape),
         ("confusion", numbers.confusion),
     ],
-    "examples": [("schema", tables.schema), ("keys", tables.unique), ("contexts", numbers.contexts)],
+    "examples": [
+        ("schema", tables.schema),
+        ("keys", tables.unique),
+        ("contexts", numbers.contexts),
+        ("diagnoses", diagnoses.results),
+    ],
 }
 _TOGETHER: list[tuple[str, tuple[str, ...], Callable[[dict[str, Part]], Looked]]] = [
     ("one release", (), together.one_release),
@@ -173,4 +177,5 @@ _TOGETHER: list[tuple[str, tuple[str, ...], Callable[[dict[str, Part]], Looked]]
     ("selection", ("saes", "neurons"), together.selection),
     ("firing rates", ("saes", "neurons"), together.firing_rates),
     ("examples' neurons", ("neurons", "examples"), together.examples_fit),
+    ("diagnoses' neurons", ("neurons", "examples"), diagnoses.neurons_fit),
 ]

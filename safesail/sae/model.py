@@ -1,5 +1,6 @@
 """The sparse autoencoder itself, and reading one from a folder or the Hub."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,12 @@ class Sae(nn.Module):
         self.W_dec = nn.Parameter(W_dec, requires_grad=False)
         self.b_dec = nn.Parameter(b_dec, requires_grad=False)
         self.threshold = None if threshold is None else nn.Parameter(threshold, requires_grad=False)
+
+    @property
+    def identity(self) -> str:
+        """Which SAE this is: its id, which another may be given too, and a hash of numbers that no other has."""
+        part = torch.cat([self.b_enc.detach().flatten(), self.W_enc.detach()[:8].flatten()]).float().cpu().contiguous()
+        return f"{self.config.sae_id} {hashlib.sha256(part.numpy().tobytes()).hexdigest()[:16]}"
 
     def encode(self, x: Tensor) -> Tensor:
         """The latents of each token. x: (..., d_in) → (..., d_sae)."""

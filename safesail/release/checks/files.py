@@ -9,7 +9,7 @@ from safesail.release.checks.finding import Looked
 from safesail.release.checks.part import Part
 from safesail.release.manifest import MANIFEST, REPO_TYPES, FileFacts
 
-__all__ = ["files", "front_matter", "links", "unnamed"]
+__all__ = ["files", "front_matter", "links", "splits", "unnamed"]
 
 Row = dict[str, Any]
 
@@ -50,25 +50,25 @@ def front_matter(part: Part) -> Looked:
         return Looked(f"app_file {app}", [] if app in part.there else [f"app_file {app} is missing."])
     if REPO_TYPES[part.name] == "model":
         return Looked(f"{len(front)} keys", [])
-    splits = _splits(front)
-    named = Counter(path for _, _, path in splits)
+    found = splits(front)
+    named = Counter(path for *_, paths in found for path in paths)
     parquet = [name for name in part.there if name.endswith(".parquet")]
     problems = [f"the card names {path}, which is not there." for path in named if path not in part.there]
     problems += [f"the card does not name {name} in its configs." for name in parquet if name not in named]
     problems += [f"the card names {path} {n} times." for path, n in named.items() if n > 1]
-    twice = [key for key, n in Counter(split[:2] for split in splits).items() if n > 1]
+    twice = [key for key, n in Counter(split[:2] for split in found).items() if n > 1]
     problems += [f"the card names the split {split} of the config {config} twice." for config, split in twice]
-    return Looked(f"{len(splits)} splits", problems)
+    return Looked(f"{len(found)} splits", problems)
 
 
-def _splits(front: Row) -> list[tuple[str, str, str]]:
-    """(config, split, path) of every table that the front matter names."""
+def splits(front: Row) -> list[tuple[str, str, list[str]]]:
+    """(config, split, its files) of every split that the front matter names."""
     found = []
     for config in front.get("configs") or []:
         files = config.get("data_files") or []
         for entry in [{"split": "train", "path": files}] if isinstance(files, str) else files:
             paths = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
-            found += [(config.get("config_name", "default"), entry.get("split", "train"), path) for path in paths]
+            found.append((config.get("config_name", "default"), entry.get("split", "train"), paths))
     return found
 
 

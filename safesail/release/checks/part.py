@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from safesail.errors import InputError
 from safesail.interpretation.collect import EXAMPLE_SCHEMA
 from safesail.release import tables
+from safesail.release.diagnoses import SCHEMAS
 from safesail.release.manifest import Manifest, file_facts
 from safesail.release.remote import remote_files
 from safesail.repository import Repository
@@ -81,7 +82,7 @@ class Part:
     @property
     def configs(self) -> list[str]:
         """The tables that the data set must have."""
-        names = [name for name in CONFIGS[self.name] if name not in _OF_CONVERTED]
+        names = [name for name in CONFIGS[self.name] if name not in (*_OF_CONVERTED, *SCHEMAS)]
         return [name for name in names if name not in _SELECTED_BY] if self.is_converted else names
 
     def tables_of(self, config: str) -> list[str]:
@@ -184,7 +185,10 @@ CONFIGS: dict[str, dict[str, Callable[[list[str]], pa.Schema]]] = {
         "pairs": lambda _: tables.PAIRS,
         "candidates": lambda _: tables.CANDIDATES,
     },
-    "examples": {"examples": lambda _: _published_examples()},
+    "examples": {
+        "examples": lambda _: _published_examples(),
+        **{name: lambda _, schema=schema: schema for name, schema in SCHEMAS.items()},
+    },
 }
 _SELECTED_BY = ("selection", "contrast", "pairs")
 _OF_CONVERTED = ("candidates",)

@@ -4,6 +4,7 @@ from typing import Any
 
 from safesail.errors import InputError
 from safesail.neurons import neuron_id
+from safesail.release.checks import diagnoses
 from safesail.release.checks.finding import Looked, close, unlike
 from safesail.release.checks.part import Part
 
@@ -34,7 +35,7 @@ def neurons_exist(parts: dict[str, Part]) -> Looked:
     ids = {row["neuron_id"] for config in ("explanations", "scores") for row in neurons.rows(config)}
     ids |= {row["neuron_id"] for row in rows}
     if "examples" in parts:
-        ids |= {row["neuron_id"] for row in parts["examples"].rows("examples")}
+        ids |= {row["neuron_id"] for row in parts["examples"].rows("examples")} | diagnoses.ids(parts["examples"])
     for id in sorted(ids):
         hook_point, _, latent = id.rpartition("/")
         if hook_point not in d_sae:
