@@ -30,9 +30,9 @@ def parse_neuron_id(text: str, hook_points: Iterable[str]) -> tuple[str, int]:
     """The hook point and latent of an id in either form; InputError says which hook points there are."""
     known = list(hook_points)
     hook_point, slash, latent = text.strip().rpartition("/")
-    if slash and hook_point in known and latent.isdigit():
+    if slash and hook_point in known and re.fullmatch(r"[0-9]{1,9}", latent):
         return hook_point, int(latent)
-    short = re.fullmatch(r"(\d+)_(\d+)", text.strip())
+    short = re.fullmatch(r"([0-9]{1,9})_([0-9]{1,9})", text.strip())
     if short:
         matching = [name for name in known if f".{short[1]}." in f".{name}."]
         if len(matching) == 1:

@@ -20,9 +20,9 @@ def facets(rows: list[Row]) -> Markup:
     """Counts of the neurons found: per category and hook point as bars to narrow by, and the scores' distribution."""
     return tag(
         "div",
-        bars("Categories", "category", _counted(rows, "category", "Without a category")),
-        bars("Hook points", "hook_point", _counted(rows, "hook_point", "")),
-        columns("Scores", *_scores(rows)),
+        bars("Categories", "category", _counted(rows, "category", "Without a category"), "h2"),
+        bars("Hook points", "hook_point", _counted(rows, "hook_point", ""), "h2"),
+        columns("Scores", *_scores(rows), "h2"),
         class_="facets",
     )
 

@@ -16,10 +16,10 @@ class Bar(NamedTuple):
     value: str = ""
 
 
-def bars(heading: str, kind: str, rows: Sequence[Bar]) -> Markup:
-    """Counts as horizontal bars, the longest full; a button's event says its kind and value."""
+def bars(heading: str, kind: str, rows: Sequence[Bar], level: str = "h3") -> Markup:
+    """Counts as horizontal bars, the longest full; a button's event says its kind and value. level: of the heading."""
     most = max((row.count for row in rows), default=1) or 1
-    return tag("section", tag("h3", heading), tag("ul", [_bar(row, kind, most) for row in rows], class_="bars"))
+    return tag("section", tag(level, heading), tag("ul", [_bar(row, kind, most) for row in rows], class_="bars"))
 
 
 def _bar(row: Bar, kind: str, most: int) -> Markup:
@@ -30,7 +30,7 @@ def _bar(row: Bar, kind: str, most: int) -> Markup:
     return tag("li", tag("button", inner, type="button", data_kind=kind, data_value=row.value), style=style)
 
 
-def columns(heading: str, rows: Sequence[tuple[str, int]], note: str = "") -> Markup:
+def columns(heading: str, rows: Sequence[tuple[str, int]], note: str = "", level: str = "h3") -> Markup:
     """Counts as upright columns, each with its number above and its range below."""
     most = max((count for _, count in rows), default=1) or 1
     drawn = [
@@ -43,7 +43,7 @@ def columns(heading: str, rows: Sequence[tuple[str, int]], note: str = "") -> Ma
         for label, count in rows
     ]
     said = tag("p", note, class_="quiet") if note else None
-    return tag("section", tag("h3", heading), tag("ol", drawn, class_="columns"), said)
+    return tag("section", tag(level, heading), tag("ol", drawn, class_="columns"), said)
 
 
 def number(value: float | None, digits: int = 2) -> str:

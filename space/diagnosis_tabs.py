@@ -138,7 +138,7 @@ def _result(diagnosis: Diagnosis, language: Component, name: str) -> gr.HTML:
     with gr.Row():
         with gr.Column(scale=3, min_width=330):
             result = linked_html(f"{name}-result")
-        panel = neuron_panel(diagnosis.page, name)
+        panel = neuron_panel(diagnosis.page, name, language)
     opened: Callable[..., Any] = _opener(diagnosis)
     result.select(opened, language, panel.outputs, **LIGHT)
     return result

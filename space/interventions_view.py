@@ -31,7 +31,7 @@ def answers_html(result: Result) -> Markup:
 
 def _answer(heading: str, text: str, declines: bool) -> Markup:
     said = tag("p", "It declines.", class_="quiet") if declines else None
-    return tag("section", tag("h3", heading), tag("p", text, dir="auto", class_="answer"), said)
+    return tag("section", tag("h2", heading), tag("p", text, dir="auto", class_="answer"), said)
 
 
 def _next_tokens(tokens: list[Row]) -> Markup:

@@ -25,7 +25,7 @@ def landscape_tab(page: Page, language: Component, opened: Any) -> None:
                 apply_default_css=False,
                 elem_id="landscape",
             )
-        panel = neuron_panel(page, "landscape")
+        panel = neuron_panel(page, "landscape", language)
     drawn: gr.State = gr.State(None)
 
     def draw(language: str, drawn: str | None) -> Any:

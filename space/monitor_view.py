@@ -30,7 +30,7 @@ def _domain(name: str, rows: list[Row], threshold: float, database: NeuronDataba
     word = "at or above" if rows[0]["above"] else "below"
     fired = [row for row in rows if row.get("neuron_id")]
     parts = [
-        tag("h3", f"{title(name)} ", strength_bar(probability)),
+        tag("h2", f"{title(name)} ", strength_bar(probability)),
         tag("p", f"Its probability {number(probability)} is {word} the threshold of {number(threshold)}."),
     ]
     if not fired:

@@ -26,7 +26,7 @@ def neurons_tab(page: Page, language: Component) -> NeuronsTab:
         with gr.Column(scale=3, min_width=330):
             table = linked_html("found")
             more = gr.Button(f"Show {PAGE} more", visible=False, elem_id="more")
-        panel = neuron_panel(page, "neurons")
+        panel = neuron_panel(page, "neurons", language, linked=False)
     n_shown: gr.State = gr.State(PAGE)
     inputs, outputs = [*filters, language], [counts, table, more]
 

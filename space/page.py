@@ -172,13 +172,16 @@ class Page:
         """The neuron's id, its panel shown, where it fires in the conversation, its card, and no examples yet."""
         try:
             name = self._neuron(id)
-            promoted = self.inspector.promoted_tokens(name)
+            shown = self.card(name, language, linked=linked)
         except InputError as error:
             gr.Warning(_sentence(error))
             return tuple(gr.skip() for _ in range(6))
         where = view.firings(seen.inspection, name, seen.inspection.firings(name)) if seen else Markup("")
-        shown = card(self.database, name, language, promoted, linked=linked)
         return name, gr.update(visible=True), where, shown, gr.update(visible=True), Markup("")
+
+    def card(self, id: str, language: str, *, linked: bool) -> Markup:
+        """The card of a neuron; InputError for what is none."""
+        return card(self.database, id, language, self.inspector.promoted_tokens(id), linked=linked)
 
     def show_examples(self, id: str | None) -> tuple[Any, Any]:
         """The examples of the neuron that is shown, or why they cannot be; the button goes when they are there."""

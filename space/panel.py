@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
+from gradio.components import Component
 from page import Page
 
 __all__ = ["LIGHT", "Panel", "linked_html", "neuron_panel", "slider"]
@@ -56,8 +57,12 @@ def slider(minimum: float, maximum: float, value: float, **options: Any) -> gr.S
     return made
 
 
-def neuron_panel(page: Page, name: str) -> Panel:
-    """The panel, closed. name: tells its elements from those of the other tabs."""
+def neuron_panel(page: Page, name: str, language: Component, *, linked: bool = True) -> Panel:
+    """The panel, closed. name: tells its elements from those of the other tabs; linked: whether its card leads away."""
+
+    def translate(id: str | None, language: str) -> Any:
+        return page.card(id, language, linked=linked) if id else gr.skip()
+
     neuron = gr.State(None)
     with gr.Column(visible=False, elem_id=f"{name}-panel", scale=2, min_width=330) as column:
         close = gr.Button("Close", size="sm", scale=0, min_width=80, elem_classes="close")
@@ -67,5 +72,6 @@ def neuron_panel(page: Page, name: str) -> Panel:
         examples = linked_html(f"{name}-examples")
     panel = Panel(neuron, column, where, card, ask, examples)
     close.click(lambda: (None, gr.update(visible=False)), None, [neuron, column], **LIGHT)
+    language.change(translate, [neuron, language], card, **LIGHT)  # type: ignore[attr-defined]  # a Dropdown
     ask.click(page.show_examples, neuron, [examples, ask], **{**LIGHT, "show_progress": "minimal"})
     return panel

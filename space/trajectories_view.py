@@ -26,7 +26,7 @@ def trajectories_html(result: Result) -> Markup:
     return result_html(
         result,
         tag("ul", [tag("li", version["reading"]["sentence"]) for version in versions]),
-        tag("section", tag("h3", "Token by token"), [_heat(version, result.rows) for version in versions]),
+        tag("section", tag("h2", "Token by token"), [_heat(version, result.rows) for version in versions]),
         _concepts(result.facts["concepts"], labels),
         _drops(result.rows, labels),
     )
@@ -38,7 +38,7 @@ def _heat(version: Row, rows: Sequence[Row]) -> Markup:
     points = list(dict.fromkeys(row["hook_point"] for row in rows))
     lines = [_line(point, version["tokens"], [row for row in mine if row["hook_point"] == point]) for point in points]
     answer = tag("p", "Its answer: ", version["answer"], class_="quiet", dir="auto") if version["answer"] else None
-    return tag("section", tag("h4", version["label"]), tag("dl", lines, class_="heat"), answer)
+    return tag("section", tag("h3", version["label"]), tag("dl", lines, class_="heat"), answer)
 
 
 def _line(point: str, tokens: Sequence[Row], rows: Sequence[Row]) -> Markup:

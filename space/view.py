@@ -160,7 +160,7 @@ def firings(inspection: Inspection, neuron_id: str, found: list[Firing]) -> Mark
     times = "once" if len(found) == 1 else f"on {len(found)} tokens"
     return tag(
         "section",
-        tag("h3", f"In this conversation it fires {times}{more}"),
+        tag("h2", f"In this conversation it fires {times}{more}"),
         tag("ol", places, class_="places"),
         aria_label=f"Where {neuron_id} fires in this conversation",
     )

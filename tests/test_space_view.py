@@ -309,7 +309,7 @@ def test_hostile_explanations_and_ids_stay_text(view: ModuleType):
 def test_the_places_where_a_neuron_fires_in_their_contexts(view: ModuleType):
     inspection = hand_inspection()
     html = read(view.firings(inspection, f"{FIRST}/1", inspection.firings(f"{FIRST}/1")))
-    assert html.all("h3")[0].text == "In this conversation it fires on 3 tokens"
+    assert html.all("h2")[0].text == "In this conversation it fires on 3 tokens"
     assert [item.text for item in html.all("li")] == [
         "2.00 Token 4 <|s|> a bombé⏎<|e|> river",
         "1.50 Token 3 <|s|> a bombé⏎<|e|>",
@@ -322,9 +322,9 @@ def test_the_places_where_a_neuron_fires_in_their_contexts(view: ModuleType):
 def test_a_neuron_may_fire_once_often_or_never(view: ModuleType):
     inspection = hand_inspection()
     once = read(view.firings(inspection, f"{SECOND}/6", inspection.firings(f"{SECOND}/6")))
-    assert once.all("h3")[0].text == "In this conversation it fires once"
+    assert once.all("h2")[0].text == "In this conversation it fires once"
     often = read(view.firings(inspection, f"{FIRST}/1", inspection.firings(f"{FIRST}/1") * 10))
-    assert often.all("h3")[0].text == "In this conversation it fires on 30 tokens, the strongest 24 shown"
+    assert often.all("h2")[0].text == "In this conversation it fires on 30 tokens, the strongest 24 shown"
     assert len(often.all("li")) == 24
     assert view.firings(inspection, f"{FIRST}/3", []) == "<p>It fires nowhere in this conversation.</p>"
 
