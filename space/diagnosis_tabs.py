@@ -8,6 +8,7 @@ import view
 from diagnosis import MAX_AMOUNT, MAX_NEW, MAX_PROMPTS, Diagnosis
 from gradio.components import Component
 from inspector_tab import MODEL
+from page import on_gpu
 from panel import LIGHT, linked_html, neuron_panel
 
 from safesail.diagnosis.case_study import case_study
@@ -49,7 +50,7 @@ def trajectories_tab(diagnosis: Diagnosis, language: Component) -> None:
         new_tokens = gr.Slider(0, MAX_NEW, 0, step=1, label="Max new tokens (0: the text alone)", min_width=300)
     run = gr.Button("Compare", variant="primary", scale=0, min_width=160, elem_id="compare")
     result = _result(diagnosis, language, "trajectories")
-    run.click(diagnosis.trajectories, [by, new_tokens, *versions], result, show_progress_on=result, **RUN)
+    run.click(on_gpu(diagnosis.trajectories), [by, new_tokens, *versions], result, show_progress_on=result, **RUN)
 
     def filled(name: str) -> list[Any]:
         if not name:
@@ -64,7 +65,7 @@ def trajectories_tab(diagnosis: Diagnosis, language: Component) -> None:
         neuron = gr.Textbox(label="Neuron", placeholder=_some_neuron(diagnosis), min_width=200, elem_id="graph-neuron")
     draw = gr.Button("Draw", scale=0, min_width=160, elem_id="draw")
     picture = _result(diagnosis, language, "graph")
-    draw.click(diagnosis.graph, [text, neuron], picture, show_progress_on=picture, **RUN)
+    draw.click(on_gpu(diagnosis.graph), [text, neuron], picture, show_progress_on=picture, **RUN)
 
 
 def interventions_tab(diagnosis: Diagnosis, language: Component) -> None:
@@ -90,12 +91,14 @@ def interventions_tab(diagnosis: Diagnosis, language: Component) -> None:
     run = gr.Button("Answer twice", variant="primary", scale=0, min_width=160, elem_id="steer")
     result = _result(diagnosis, language, "interventions")
     inputs = [prompt, mode, neurons, kind, amount, new_tokens, temperature, seed]
-    run.click(diagnosis.answers, inputs, result, show_progress_on=result, **RUN)
+    run.click(on_gpu(diagnosis.answers), inputs, result, show_progress_on=result, **RUN)
     with gr.Accordion("Over a list of prompts: how often does it decline?", open=False):
         texts = gr.Textbox(label=f"Prompts, one a line, at most {MAX_PROMPTS}", lines=4, max_lines=16)
         count = gr.Button("Count", scale=0, min_width=160, elem_id="decline")
         rates = _result(diagnosis, language, "rates")
-        count.click(diagnosis.rates, [texts, neurons, kind, amount, new_tokens], rates, show_progress_on=rates, **RUN)
+        count.click(
+            on_gpu(diagnosis.rates), [texts, neurons, kind, amount, new_tokens], rates, show_progress_on=rates, **RUN
+        )
 
 
 def knowledge_tab(diagnosis: Diagnosis, language: Component) -> None:
@@ -116,7 +119,7 @@ def knowledge_tab(diagnosis: Diagnosis, language: Component) -> None:
     )
     run = gr.Button("Ask", variant="primary", scale=0, min_width=160, elem_id="know")
     result = _result(diagnosis, language, "knowledge")
-    run.click(diagnosis.knowledge, [neuron, source, own], result, show_progress_on=result, **RUN)
+    run.click(on_gpu(diagnosis.knowledge), [neuron, source, own], result, show_progress_on=result, **RUN)
 
 
 def monitor_tab(diagnosis: Diagnosis, language: Component) -> None:
@@ -130,7 +133,7 @@ def monitor_tab(diagnosis: Diagnosis, language: Component) -> None:
         threshold = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Threshold", min_width=220)
     run = gr.Button("Score", variant="primary", scale=0, min_width=160, elem_id="score")
     result = _result(diagnosis, language, "monitor")
-    run.click(diagnosis.risks, [text, threshold], result, show_progress_on=result, **RUN)
+    run.click(on_gpu(diagnosis.risks), [text, threshold], result, show_progress_on=result, **RUN)
 
 
 def _result(diagnosis: Diagnosis, language: Component, name: str) -> gr.HTML:

@@ -34,7 +34,7 @@ from safesail.examples import Examples
 from safesail.neurons import neuron_id as joined_id
 from safesail.neurons import parse_neuron_id
 
-__all__ = ["LISTINGS", "MAX_NEW_TOKENS", "MAX_TOKENS", "SESSIONS", "Asked", "Filter", "Page", "Seen"]
+__all__ = ["LISTINGS", "MAX_NEW_TOKENS", "MAX_TOKENS", "SESSIONS", "Asked", "Filter", "Page", "Seen", "on_gpu"]
 
 MAX_NEW_TOKENS = 256
 MAX_TOKENS = 2048
@@ -105,6 +105,7 @@ class Page:
         self.examples = Examples(inspector.release)
         self.max_tokens = min(inspector.max_tokens, MAX_TOKENS)
         self._answer = on_gpu(inspector.answer)
+        self._promoted = on_gpu(inspector.promoted_tokens)
 
     # --- the Inspector tab ----------------------------------------------------------------------------------------
 
@@ -181,7 +182,7 @@ class Page:
 
     def card(self, id: str, language: str, *, linked: bool) -> Markup:
         """The card of a neuron; InputError for what is none."""
-        return card(self.database, id, language, self.inspector.promoted_tokens(id), linked=linked)
+        return card(self.database, id, language, self._promoted(id), linked=linked)
 
     def show_examples(self, id: str | None) -> tuple[Any, Any]:
         """The examples of the neuron that is shown, or why they cannot be; the button goes when they are there."""
@@ -289,7 +290,7 @@ class Page:
         """
         with _as_message(escaped=False):
             name, language = self._neuron(_text("id", id)), _text("language", language)
-            promoted = [token._asdict() for token in self.inspector.promoted_tokens(name)]
+            promoted = [token._asdict() for token in self._promoted(name)]
         hook_point, latent = parse_neuron_id(name, self.database.hook_points)
         nothing = {"neuron_id": name, "hook_point": hook_point, "latent": latent, "explanation": None, "domains": []}
         return {

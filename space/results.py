@@ -24,8 +24,9 @@ def _download(result: Result) -> Markup:
     with tempfile.TemporaryDirectory() as folder:
         content = write_result(result, Path(folder) / "result.parquet").read_bytes()
     name = f"{result.config}.parquet"
+    plural = "" if len(result.rows) == 1 else "s"
     link = f"data:application/vnd.apache.parquet;base64,{base64.b64encode(content).decode()}"
-    return tag("p", tag("a", f"Download {name} ({len(result.rows):,} rows)", href=link, download=name))
+    return tag("p", tag("a", f"Download {name} ({len(result.rows):,} row{plural})", href=link, download=name))
 
 
 def _python(code: str) -> Markup:

@@ -1,5 +1,6 @@
 """The Space's API through gradio_client: what `/inspect`, `/neuron` and `/search` answer."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safesail.diagnosis.inspector import Inspector
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 FIRST, SECOND = "layers.0.mlp", "layers.1.mlp"
 
 
@@ -34,6 +36,22 @@ def test_only_the_three_endpoints_are_public(client: Any):
     assert [p["parameter_name"] for p in named["/search"]["parameters"]] == [
         *("text", "domain", "hook_point", "min_score", "language"),
     ]
+
+
+def test_the_readme_snippet_runs_as_printed(told_space: str, inspector: Inspector):
+    """With a release of invented neurons in the demo's place."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    (block,) = [block for block in blocks if "gradio_client" in block]
+    here = block.replace("http://127.0.0.1:7860", told_space).replace("layers.9.mlp/4291", f"{FIRST}/1")
+    names: dict[str, Any] = {}
+    exec(here, names)
+    names["client"].close()
+    assert names["inspection"]["answer"] == inspector.inspect(
+        [{"role": "user", "content": "Who was the president in 2012?"}], max_new_tokens=20
+    ).answer
+    assert names["neuron"]["neuron_id"] == f"{FIRST}/1"
+    found = inspector.database.search("weapons", domain="terror", min_score=0.3)
+    assert [row["neuron_id"] for row in names["found"]] == [row["neuron_id"] for row in found]
 
 
 # --- /inspect -----------------------------------------------------------------------------------------------------
