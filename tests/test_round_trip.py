@@ -172,6 +172,8 @@ def test_space_runs_from_its_own_published_files(trip: Trip, tmp_path: Path) -> 
             server.wait(timeout=20)
     call = f"Inspector.from_pretrained({str(trip.folder)!r}).inspect(TEXT).to_json()"
     expected = asked(trip, None, "import json\nfrom safesail import Inspector", call, tmp_path)
+    languages = [neuron.pop("language") for token in answer["tokens"] for neuron in token["neurons"]]
+    assert set(languages) == {"en"}
     assert answer == {**expected, "answer": ""}
     assert "Traceback" not in log.read_text()
 

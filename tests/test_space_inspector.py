@@ -318,7 +318,7 @@ def test_a_neuron_without_a_row_has_a_card(page: Any, inspection: Inspection, bu
     card = page.get_by_role("article", name=f"Neuron {hit.neuron_id}")
     expect(card.get_by_role("heading", level=2)).to_have_text("A neuron without an explanation")
     expect(card).to_contain_text("It was not among the latents that were explained")
-    expect(page.locator("#inspector-where h3")).to_contain_text("In this conversation it fires")
+    expect(page.locator("#inspector-where h2")).to_contain_text("In this conversation it fires")
     rate = inspection.database.quantiles[hit.neuron_id]["firing_rate"]
     expect(card).to_contain_text(f"{rate:.2%} of the corpus's tokens")
     page.get_by_role("button", name="Show examples: they may contain offensive text").click()
