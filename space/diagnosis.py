@@ -116,14 +116,15 @@ class Diagnosis:
 
         return _told(made)
 
-    def knowledge(self, neuron: str, source: str, own: str) -> Markup:
+    def knowledge(self, neuron: str, source: str, own: str) -> Iterator[Markup]:
         """On which names a neuron fires, and which the model knows. own: entities as JSON, one a line."""
+        yield note("Asking the model about every name: a second or less for each.")
 
         def made() -> Markup:
             entities: Any = _entities(own) if (own or "").strip() else source
             return knowledge_html(knowledge(self.inspector, (neuron or "").strip(), entities))
 
-        return _told(made)
+        yield _told(made)
 
     def risks(self, text: str, threshold: float) -> Iterator[Markup]:
         """How likely a text is about each domain; the first call says that the monitors are being calibrated."""

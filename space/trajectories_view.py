@@ -21,21 +21,21 @@ MAX_DROPS = 20
 
 def trajectories_html(result: Result) -> Markup:
     """A result of `trajectories`."""
-    versions = result.facts["versions"]
+    versions, found = result.facts["versions"], result.facts["concepts"]
+    points = list(dict.fromkeys(row["hook_point"] for row in found))  # by depth
     labels = [version["label"] for version in versions]
     return result_html(
         result,
         tag("ul", [tag("li", version["reading"]["sentence"]) for version in versions]),
-        tag("section", tag("h2", "Token by token"), [_heat(version, result.rows) for version in versions]),
-        _concepts(result.facts["concepts"], labels),
+        tag("section", tag("h2", "Token by token"), [_heat(version, result.rows, points) for version in versions]),
+        _concepts(found, labels),
         _drops(result.rows, labels),
     )
 
 
-def _heat(version: Row, rows: Sequence[Row]) -> Markup:
+def _heat(version: Row, rows: Sequence[Row], points: list[str]) -> Markup:
     """A version's tokens once per hook point, marked by the strongest neuron that carries a domain."""
     mine = [row for row in rows if row["label"] == version["label"] and row["domains"] and row["normalised"]]
-    points = list(dict.fromkeys(row["hook_point"] for row in rows))
     lines = [_line(point, version["tokens"], [row for row in mine if row["hook_point"] == point]) for point in points]
     answer = tag("p", "Its answer: ", version["answer"], class_="quiet", dir="auto") if version["answer"] else None
     return tag("section", tag("h3", version["label"]), tag("dl", lines, class_="heat"), answer)

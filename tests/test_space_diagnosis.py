@@ -63,7 +63,8 @@ def article(page: Any, name: str) -> Any:
 
 
 def sentence(page: Any, name: str) -> str:
-    found = page.locator(f"#{name}-result .note")
+    """The sentence in a result's place, once the model is no longer being asked."""
+    found = page.locator(f"#{name}-result .note", has_not_text="Asking the model")
     found.wait_for()
     return found.inner_text()
 
