@@ -53,8 +53,9 @@ from safesail.lm.tokens import spans
 from safesail.neurons import WEAK_BELOW
 
 MIB = 2**20
-START_SECONDS, ADDED, CLICK_MS = 15.0, 1.25, 150.0
-"""The limits: a usable page, an inspection against the model's own forward, a click's median."""
+START_SECONDS, ADDED, CLICK_MS, MEMORY_MIB = 15.0, 1.25, 150.0, 2048.0
+"""The limits: a usable page, an inspection against the model's own forward, a click's median, and the server's resident
+memory with the embedded model, whatever its visitors ask."""
 PATIENCE = 300.0
 """Seconds after which a visitor without an answer counts as lost."""
 TEXT = (
@@ -710,7 +711,7 @@ def _told(page: Any, fill: Callable[[], object]) -> Record:
 
 
 def memory(bench: Bench) -> list[Record]:
-    """The server's memory with the largest conversations, against what is kept of a visitor times how many are kept."""
+    """The server's memory with the largest conversations and then as many small ones as are kept, against its cap."""
     if not Path("/proc/self/status").exists():
         raise InputError("memory is read from /proc, which only Linux has; leave it out with --only.")
     sessions, answer, n = space_module("page").SESSIONS, bench.options.answer, bench.options.kept
@@ -723,19 +724,19 @@ def memory(bench: Bench) -> list[Record]:
         for visitor in visitors:
             _answered(visitor, prompt, answer)
             resident.append(server.memory())
-        peak, held = server.memory("VmHWM"), bool(visitors[0].select(3))
+        held = bool(visitors[0].select(3))
         for i in range(sessions):
             _answered(enter(), f"Visitor {i}.", 0)
-        let_go, last = not visitors[0].select(3), server.memory()
+        let_go, last, peak = not visitors[0].select(3), server.memory(), server.memory("VmHWM")
     largest = f"{len(seen.inspection.ids):,} tokens"
     return [
         figure("server after the start (MiB)", resident[0]),
         figure(f"server after one conversation of {largest} (MiB)", resident[1]),
-        figure(f"server after {n} of them (MiB, highest {peak:,.0f})", resident[-1], resident[1] + sessions * kept),
-        figure("growth for each after the first (MiB)", (resident[-1] - resident[1]) / max(n - 1, 1)),
+        figure(f"server after {n} of them (MiB)", resident[-1]),
         figure("kept of one of them (MiB)", kept),
-        figure(f"the cap: {sessions} × that (MiB)", sessions * kept),
+        figure(f"kept of {sessions}, which is all (MiB)", sessions * kept),
         figure(f"server after {sessions} more visitors, with short prompts (MiB)", last),
+        figure("server at its highest (MiB)", peak, MEMORY_MIB),
         verdict("the first visitor is kept before those, and let go after", held and let_go),
     ]
 

@@ -8,6 +8,7 @@
 API, for `gradio_client`: `/inspect`, `/neuron` and `/search`, documented at the functions of `page.Page`.
 """
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -150,8 +151,18 @@ def launch(blocks: gr.Blocks, **options: Any) -> Any:
     return blocks.launch(**settings)
 
 
+def few_arenas() -> None:
+    """Keep what the C library holds back small: gradio's many threads would each get an arena of freed activations.
+
+    M_ARENA_MAX of glibc; another C library, which has no mallopt, is left as it is.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
+        mallopt(-8, 2)
+
+
 def main() -> None:
     """Load the release that the environment names, and serve it."""
+    few_arenas()
     space = os.environ.get("SPACE_ID", "")
     release = os.environ.get("SAFESAIL_RELEASE") or space.removesuffix("-inspector")
     if not release:
