@@ -21,7 +21,7 @@ pytest.importorskip("gradio")
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))  # where the scripts find each other; it is no package
 
-bench, benchmark = map(importlib.import_module, ("bench_space", "benchmark"))
+bench, benchmark, visitors = map(importlib.import_module, ("bench_space", "benchmark", "space_visitors"))
 
 
 def command(*arguments: str) -> list[str]:
@@ -139,7 +139,7 @@ def test_the_way_is_read_from_the_page():
         {"id": 7, "targets": [[None, "load"], [1, "click"]], "inputs": [3, 4]},
         {"id": 9, "targets": [[2, "select"]], "inputs": [5, 3]},
     ]
-    way = bench.way_of({"components": components, "dependencies": events})
+    way = visitors.way_of({"components": components, "dependencies": events})
     assert way == (7, 9, [48, ""], 1, 0, [None, 48])
 
 
@@ -148,8 +148,8 @@ def test_a_prompt_is_read_from_what_a_run_gives_and_the_answer_is_not():
         {"name": "Prompt", "tokens": [{"text": "a"}, {"text": "bomb"}]},
         {"name": "Answer", "tokens": [{"text": "no"}]},
     ]
-    assert bench.prompt_tokens(["no", {"visible": True}, {"sections": sections}]) == ["a", "bomb"]
-    assert bench.prompt_tokens(["", {"message": "The prompt is empty."}]) == []
+    assert visitors.prompt_tokens(["no", {"visible": True}, {"sections": sections}]) == ["a", "bomb"]
+    assert visitors.prompt_tokens(["", {"message": "The prompt is empty."}]) == []
 
 
 def test_a_visitor_that_fails_is_lost_and_the_others_are_not(capsys: pytest.CaptureFixture[str]):
@@ -162,7 +162,7 @@ def test_a_visitor_that_fails_is_lost_and_the_others_are_not(capsys: pytest.Capt
     assert "lost: ConnectionError('gone')" in capsys.readouterr().err
     lost, waited = bench._visit_figures("all", [answered, bench.LOST])
     assert (lost["value"], lost["within"]) == (1, "no")
-    assert waited["value"] == bench.PATIENCE
+    assert waited["value"] == visitors.PATIENCE
 
 
 # the server
@@ -180,7 +180,7 @@ def test_the_server_ends_with_all_that_it_started():
     assert parent.stdout is not None
     with parent.stdout:
         child = int(parent.stdout.readline())
-    bench._end(parent)
+    visitors.end(parent)
     assert parent.returncode == -15
     for _ in range(100):
         if not running(child):
