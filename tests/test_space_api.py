@@ -46,9 +46,10 @@ def test_the_readme_snippet_runs_as_printed(told_space: str, inspector: Inspecto
     names: dict[str, Any] = {}
     exec(here, names)
     names["client"].close()
-    assert names["inspection"]["answer"] == inspector.inspect(
-        [{"role": "user", "content": "Who was the president in 2012?"}], max_new_tokens=20
-    ).answer
+    assert (
+        names["inspection"]["answer"]
+        == inspector.inspect([{"role": "user", "content": "Who was the president in 2012?"}], max_new_tokens=20).answer
+    )
     assert names["neuron"]["neuron_id"] == f"{FIRST}/1"
     found = inspector.database.search("weapons", domain="terror", min_score=0.3)
     assert [row["neuron_id"] for row in names["found"]] == [row["neuron_id"] for row in found]
