@@ -323,7 +323,7 @@ def test_pointing_shows_the_label_near_the_point(visit: Any) -> None:
     assert found["layers.0.mlp/4"][2] == "Terror, Politics"
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 4)
     assert label(page) == []
-    assert not page.locator("#landscape .label").is_visible()
+    page.locator("#landscape .label").wait_for(state="hidden")
 
 
 def test_up_is_up_and_right_is_right(visit: Any) -> None:
@@ -348,7 +348,7 @@ def test_a_click_opens_the_card(visit: Any, demo_run: Path) -> None:
     x, y = places(page)[0]  # the panel made the plot narrower
     page.mouse.move(x, y)
     assert label(page)[1] == name in NeuronDatabase.load(demo_run).neurons
-    assert page.locator("#landscape .ring.opened").is_visible()
+    page.locator("#landscape .ring.opened").wait_for()
 
 
 def test_another_language_changes_the_labels_only(visit: Any) -> None:
@@ -375,7 +375,7 @@ def test_dragging_moves_and_opens_nothing(visit: Any) -> None:
     page.mouse.up()
     moved = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, places(page), strict=True)]
     assert all(dx == pytest.approx(40, abs=7) and dy == pytest.approx(16, abs=7) for dx, dy in moved)
-    assert not page.locator("#landscape-panel").is_visible()
+    page.locator("#landscape-panel").wait_for(state="hidden")
     page.get_by_role("button", name="Show the whole landscape").click()
     assert places(page) == before
 
@@ -484,7 +484,7 @@ def test_two_fingers_zoom(visit: Any) -> None:
     hand.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     now = places(page)
     assert (now[1][0] - now[0][0]) / (before[1][0] - before[0][0]) == pytest.approx(2, abs=0.05)
-    assert not page.locator("#landscape-panel").is_visible()
+    page.locator("#landscape-panel").wait_for(state="hidden")
 
 
 def test_hostile_labels_are_shown_and_inert(visit: Any) -> None:

@@ -121,7 +121,7 @@ def test_a_release_without_examples_says_so_and_shows_the_card(page: Any) -> Non
     page.locator("#inspector-card article").wait_for()
     page.locator("#inspector-ask").click()
     page.locator("#inspector-examples", has_text="This release comes without its examples.").wait_for()
-    assert page.locator("#inspector-card h2").is_visible()
+    page.locator("#inspector-card h2").wait_for()
     page.locator("#strip button").last.click()
     page.locator("#headline", has_text=f"Token {page.locator('#strip button').count()} ").wait_for()
 
@@ -196,7 +196,7 @@ def test_an_empty_and_a_too_long_prompt(page: Any) -> None:
         run.click()
         page.locator("#strip", has_text=sentence).wait_for()
         page.get_by_test_id("toast-text").filter(has_text=sentence).first.wait_for()
-        assert page.locator("#neurons").is_hidden()
+        page.locator("#neurons").wait_for(state="hidden")
     assert ask(page, "a bomb").count() > 0
 
 
@@ -220,7 +220,7 @@ def test_gated_examples_are_shown_once_the_gate_opens(
             refusal = page.locator("#inspector-examples .note", has_text="your account has no access")
             refusal.wait_for()
             assert page.locator("#inspector-examples li").count() == 0
-            assert page.locator("#inspector-card h2").is_visible()
+            page.locator("#inspector-card h2").wait_for()
             assert neurons(page)
             hub.grant("dataset", "acme/mini-examples", "bob")
             page.locator("#inspector-ask").click()

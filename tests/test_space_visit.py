@@ -130,7 +130,7 @@ def look_at_examples(page: Any, examples: list[Any]) -> None:
         "p => { const c = p.cloneNode(true); c.querySelectorAll('sub').forEach(s => s.remove()); return c.textContent }"
     )
     assert text == "".join(best.tokens)
-    assert page.locator("#inspector-ask").is_hidden()
+    page.locator("#inspector-ask").wait_for(state="hidden")
 
 
 def neuron_in_neurons_tab(page: Any, neuron_id: str, explanation: str) -> None:
@@ -234,7 +234,7 @@ def test_the_keyboard_alone_goes_the_whole_way(page: Any) -> None:
     tab_to(page, "#inspector-panel button.close", back=True)
     page.keyboard.press("Enter")
     focus_is_on(page, f'#neurons button[data-value="{name}"]')
-    assert page.locator("#inspector-panel").is_hidden()
+    page.locator("#inspector-panel").wait_for(state="hidden")
     tab_to(page, '[role="tab"]', back=True)  # the last of them
     while page.evaluate("document.activeElement.textContent.trim()") != "Neurons":
         page.keyboard.press("Shift+Tab")
