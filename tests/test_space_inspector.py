@@ -151,6 +151,7 @@ def test_hostile_text_is_shown_and_inert(page: Any, inspector: Inspector):
     assert [part for part in ("<script>", "&lt;", "{{7*7}}", "你好") if part not in together] == []
     assert "".join(page.locator("#strip .run[dir=rtl]").all_text_contents()).startswith("שלום␣عالم")
     page.get_by_label("all that fire").check()
+    page.locator("#neurons", has_text="not explained").wait_for()  # a click before that may be overtaken
     for index in range(0, len(shown), 11):
         select(page, index)
     assert page.evaluate("window.pwned") is None
