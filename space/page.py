@@ -197,11 +197,7 @@ class Page:
 
     def _neuron(self, id: str) -> str:
         """The id in its long form; InputError for what is no latent of this release's SAEs."""
-        hook_point, latent = parse_neuron_id(id, self.inspector.saes)
-        n = self.inspector.saes[hook_point].config.d_sae
-        if latent >= n:
-            raise InputError(f"{hook_point} has no latent {latent}; its latents are 0 to {n - 1}.")
-        return joined_id(hook_point, latent)
+        return joined_id(*self.inspector.place_of(id))
 
     # --- the Neurons and Landscape tabs ---------------------------------------------------------------------------
 

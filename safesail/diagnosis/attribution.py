@@ -28,7 +28,7 @@ from safesail.diagnosis.inspection import Inspection
 from safesail.diagnosis.inspector import Inspector
 from safesail.errors import InputError
 from safesail.lm.hooks import run_to_depth
-from safesail.neurons import neuron_id, parse_neuron_id
+from safesail.neurons import neuron_id
 from safesail.sae.norm import norm_of
 
 __all__ = ["Edge", "Graph", "Node", "Parent", "Share", "graph", "parents", "svg"]
@@ -120,10 +120,7 @@ class _Trace:
 
     def unit_of(self, id: str, index: int | None) -> _Unit:
         """The neuron on a unit where it fires, by default most; InputError says where it does."""
-        hook_point, latent = parse_neuron_id(id, self.outputs)
-        d_sae = self.inspector.saes[hook_point].config.d_sae
-        if latent >= d_sae:
-            raise InputError(f"{hook_point} has no latent {latent}; its latents are 0 to {d_sae - 1}.")
+        hook_point, latent = self.inspector.place_of(id)
         name, firings = neuron_id(hook_point, latent), self.inspection.firings(neuron_id(hook_point, latent))
         if not firings:
             raise InputError(f"{name} does not fire on this prompt; {self._firing_at(hook_point)}.")

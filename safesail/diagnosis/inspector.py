@@ -150,6 +150,14 @@ class Inspector:
         left_out = self._left_out_roles(roles or [0] * len(ids))
         return Inspection(ids, n_prompt, units, codes, keep, error, self.database, left_out)
 
+    def place_of(self, id: str) -> tuple[str, int]:
+        """The hook point and latent of an id in either form; InputError for what is no latent of the release's SAEs."""
+        hook_point, latent = parse_neuron_id(id, self.saes)
+        d_sae = self.saes[hook_point].config.d_sae
+        if latent >= d_sae:
+            raise InputError(f"{hook_point} has no latent {latent}; its latents are 0 to {d_sae - 1}.")
+        return hook_point, latent
+
     @torch.inference_mode()
     def promoted_tokens(self, id: str, n: int = 10) -> list[Promoted]:
         """The tokens whose logits a neuron raises most on the direct path from its decoder row to the unembedding.
@@ -157,10 +165,7 @@ class Inspector:
         The final norm sees the decoder row alone, so that effects compare within a neuron only; what later layers do
         with the direction is not in them (the logit lens of its decoder row).
         """
-        hook_point, latent = parse_neuron_id(id, self.saes)
-        if latent >= self.saes[hook_point].config.d_sae:
-            last = self.saes[hook_point].config.d_sae - 1
-            raise InputError(f"{hook_point} has no latent {latent}; its latents are 0 to {last}.")
+        hook_point, latent = self.place_of(id)
         effects = direct_effects(self.model, self.saes[hook_point].W_dec[latent])
         strongest = effects.topk(min(n, len(effects)))
         pairs = zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)

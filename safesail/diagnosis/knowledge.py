@@ -24,7 +24,7 @@ from safesail.diagnosis.results import Result
 from safesail.errors import InputError
 from safesail.lm.generate import complete
 from safesail.metrics import Interval, fisher_exact, odds_ratio, wilson
-from safesail.neurons import neuron_id, parse_neuron_id
+from safesail.neurons import neuron_id
 
 __all__ = ["CARRIER", "KNOWLEDGE", "Entity", "Table", "contingency", "knowledge", "load_entities", "shipped_entities"]
 
@@ -160,10 +160,7 @@ def _checked(entities: list[Entity], place: str = "") -> list[Entity]:
 
 def _known_neuron(inspector: Inspector, neuron: str) -> str:
     """The neuron's id in the long form; InputError for what is no latent, or one that never fires."""
-    hook_point, latent = parse_neuron_id(neuron, inspector.saes)
-    d_sae = inspector.saes[hook_point].config.d_sae
-    if latent >= d_sae:
-        raise InputError(f"{hook_point} has no latent {latent}; its latents are 0 to {d_sae - 1}.")
+    hook_point, latent = inspector.place_of(neuron)
     if inspector.database.normaliser(hook_point, latent) is None:
         raise InputError(f"{hook_point}/{latent} never fired in the corpus, so it can tell nothing; choose another.")
     return neuron_id(hook_point, latent)
