@@ -6,7 +6,7 @@ Everything that can change a release's bytes is in a recipe; what only changes h
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -15,13 +15,23 @@ from safesail.errors import InputError
 __all__ = [
     "Architecture",
     "AskedSection",
+    "BaseRecipe",
+    "CorpusSection",
+    "Count",
+    "Fraction",
+    "HarvestSection",
     "Method",
+    "Natural",
+    "Normalisation",
+    "PublishSection",
     "Recipe",
     "ScoreSection",
     "Section",
     "Source",
     "TokenPolicy",
+    "TrainSection",
     "differences",
+    "recipe_data",
 ]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -31,6 +41,7 @@ Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]+)*$")]
 Coefficient = Annotated[float, Field(gt=0)]
 Architecture = Literal["relu", "topk", "batchtopk", "jumprelu", "matryoshka"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Normalisation = Literal["none", "layer_norm", "constant_norm_rescale"]
 
 
 class Section(BaseModel):
@@ -347,8 +358,8 @@ class RuntimeSection(Section):
     """Memory for the activations that `collect` sorts at a time; more are kept on disk meanwhile."""
 
 
-class Recipe(Section):
-    """One release, from the texts to the cards."""
+class BaseRecipe(Section):
+    """What every kind of release has: a model, texts, activations, SAEs, cards."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,60}$")]
     seed: int = 0
@@ -357,30 +368,21 @@ class Recipe(Section):
     corpus: CorpusSection
     harvest: HarvestSection
     train: TrainSection
-    eval: EvalSection = EvalSection()
-    select: SelectSection = SelectSection()
-    collect: CollectSection = CollectSection()
-    explain: ExplainSection
-    score: ScoreSection = ScoreSection()
     publish: PublishSection = PublishSection()
     runtime: RuntimeSection = RuntimeSection()
 
-    @classmethod
-    def load(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> "Recipe":
-        """The recipe in the TOML file `path`, with `section.key=value` overrides; InputError says what is wrong."""
-        path = Path(path)
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"There is no recipe {path}; the shipped ones are in hub/recipes/.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not valid TOML: {error}.") from error
-        for override in overrides:
-            _set(data, override)
-        return cls.parse(data, str(path))
+    @property
+    def normalize_activations(self) -> Normalisation:
+        """What the SAEs do to every token's activation before they read it (see `sae.norm`)."""
+        return "none"
 
     @classmethod
-    def parse(cls, data: dict[str, Any], origin: str = "the recipe") -> "Recipe":
+    def load(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> Self:
+        """The recipe in the TOML file `path`, with `section.key=value` overrides; InputError says what is wrong."""
+        return cls.parse(recipe_data(path, overrides), str(path))
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], origin: str = "the recipe") -> Self:
         """The recipe in a dictionary; InputError lists every key that is wrong, in one sentence each."""
         try:
             return cls.model_validate(data)
@@ -388,8 +390,33 @@ class Recipe(Section):
             raise InputError(f"{origin}: {_sentences(error, cls)}") from error
 
     def dump(self) -> dict[str, Any]:
-        """The recipe as plain JSON values."""
-        return self.model_dump(mode="json")
+        """The recipe as plain JSON values, in the order in which a recipe is read: how and where come last."""
+        data = self.model_dump(mode="json")
+        return data | {last: data.pop(last) for last in ("publish", "runtime")}
+
+
+class Recipe(BaseRecipe):
+    """One release of Safe-SAIL's kind: SAEs of a language model and what their safety-related latents mean."""
+
+    eval: EvalSection = EvalSection()
+    select: SelectSection = SelectSection()
+    collect: CollectSection = CollectSection()
+    explain: ExplainSection
+    score: ScoreSection = ScoreSection()
+
+
+def recipe_data(path: str | Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What the TOML file `path` says, with `section.key=value` overrides, before it is validated."""
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"There is no recipe {path}; the shipped ones are in hub/recipes/.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}.") from error
+    for override in overrides:
+        _set(data, override)
+    return data
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -452,8 +479,13 @@ def _sentence(problem: Any, root: type[BaseModel]) -> str:
 
 def _fields(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else Source
+        if not isinstance(part, int):
+            model = _section(model.model_fields[part].annotation)
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    """The section that an annotation names, also as the kind of a tuple's members."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(found for part in get_args(annotation) if part is not ... and (found := _section(part)))

@@ -16,11 +16,11 @@ from safesail.diagnosis.comparison import Scores, compared, evaluate_monitor, fi
 from safesail.diagnosis.domain_neurons import domain_neurons, monitored_domains, peaks
 from safesail.diagnosis.inspector import Inspector
 from safesail.diagnosis.labelled import LabelledText, halves, labelled_texts, seen_before, shipped_domains
-from safesail.diagnosis.logistic import best_strength, cross_validated, fit_logistic, folds
 from safesail.diagnosis.monitor import Monitor
 from safesail.diagnosis.results import read_result, write_result
 from safesail.diagnosis.risks import MONITOR, fit_monitors, load_monitors, monitor_texts
 from safesail.errors import InputError
+from safesail.logistic import best_strength, cross_validated, fit_logistic, folds
 from safesail.metrics import auroc, auroc_difference, auroc_interval
 from safesail.neurons import NeuronDatabase
 from safesail.sae.config import SaeConfig

@@ -14,10 +14,10 @@ from torch import Tensor
 from safesail.diagnosis.inspection import Inspection
 from safesail.diagnosis.inspector import Inspector
 from safesail.diagnosis.labelled import LabelledText, seen_before
-from safesail.diagnosis.logistic import best_strength, fit_logistic, folds
 from safesail.diagnosis.monitor import Monitor, known_labels
 from safesail.errors import InputError
 from safesail.lm.hooks import capture
+from safesail.logistic import best_strength, fit_logistic, folds
 from safesail.metrics import Interval, auroc_difference, auroc_interval
 from safesail.taxonomy import Taxonomy
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from safesail.diagnosis.domain_neurons import Given, domain_neurons, inspected, normaliser_of, peaks
 from safesail.diagnosis.inspection import Inspection
 from safesail.diagnosis.inspector import Inspector
-from safesail.diagnosis.logistic import best_strength, fit_logistic, folds
 from safesail.errors import InputError
 from safesail.files import replacing
+from safesail.logistic import best_strength, fit_logistic, folds
 from safesail.neurons import WEAK_BELOW
 
 __all__ = ["Contribution", "Monitor", "Risk", "known_labels"]
