@@ -376,6 +376,11 @@ class BaseRecipe(Section):
         """What the SAEs do to every token's activation before they read it (see `sae.norm`)."""
         return "none"
 
+    @property
+    def subject(self) -> str:
+        """What cards and configs call the model that the SAEs read."""
+        return self.model.name
+
     @classmethod
     def load(cls, path: str | Path, overrides: tuple[str, ...] = ()) -> Self:
         """The recipe in the TOML file `path`, with `section.key=value` overrides; InputError says what is wrong."""
@@ -403,6 +408,14 @@ class Recipe(BaseRecipe):
     collect: CollectSection = CollectSection()
     explain: ExplainSection
     score: ScoreSection = ScoreSection()
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], origin: str = "the recipe") -> Self:
+        if "preferences" in data:
+            raise InputError(
+                f"{origin} has preferences, so it is a recipe of SAFER; read it with safesail.reward_recipe.load_recipe."
+            )
+        return super().parse(data, origin)
 
 
 def recipe_data(path: str | Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class PreferenceSource(Section):
     n_pairs: Count | None = None
     """Take so many, drawn by the recipe's seed; empty: all."""
     name: str | None = None
+    """A config of a Hub data set."""
+    data_dir: str | None = None
+    """A folder of a Hub data set."""
     split: str = "train"
     licence: str = ""
     origin: str = ""
@@ -240,6 +243,10 @@ class RewardRecipe(BaseRecipe):
     @property
     def normalize_activations(self) -> Normalisation:
         return self.train.normalize_activations
+
+    @property
+    def subject(self) -> str:
+        return f"{self.publish.organization}/{self.name}-reward".removeprefix("/")
 
     @property
     def hook_point(self) -> str:

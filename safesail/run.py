@@ -2,7 +2,9 @@
 
     runs/<release>/
     ├── run.json     the recipe as used and one record per finished stage
-    ├── saes/ neurons/ examples/ inspector/     one sub-folder per Hub repository: what `build` makes
+    ├── saes/ neurons/ examples/ inspector/     one sub-folder per Hub repository: what `build` makes; of a reward model
+    │                                           saes/ reward/ salience/ preferences/ inspector/, and where the recipe
+    │                                           says so poisoned/
     └── scratch/     one folder per stage (its result and its record), and the unfinished stage's partial work;
                      diagnosis/ holds the results of the diagnosis, which no stage makes and `build` publishes
 
@@ -32,14 +34,28 @@ from safesail.errors import InputError
 from safesail.files import replacing
 from safesail.recipe import Recipe, differences
 from safesail.repository import read_table
+from safesail.reward_recipe import RewardRecipe, parse_recipe
 
 if TYPE_CHECKING:
     from safesail.distributed import Ranks
 
-__all__ = ["PARTS", "STAGES", "Run", "Stage", "StageWork", "dependents", "fingerprint", "write_json"]
+__all__ = [
+    "PARTS",
+    "REWARD_PARTS",
+    "REWARD_STAGES",
+    "STAGES",
+    "Run",
+    "Stage",
+    "StageWork",
+    "dependents",
+    "fingerprint",
+    "write_json",
+]
 
 SCHEMA = 1
 PARTS = ("saes", "neurons", "examples", "inspector")
+REWARD_PARTS = ("saes", "reward", "salience", "preferences", "poisoned", "inspector")
+"""Those of a reward model; `poisoned` only where the recipe says so."""
 _MARK = "fingerprint"
 """The file that says whose work a partial folder holds."""
 
@@ -78,6 +94,26 @@ STAGES: dict[str, Stage] = {
     )
 }
 
+REWARD_STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("preferences", ("seed", "preferences"), (), ("preferences",)),
+        Stage("reward", ("seed", "model", "reward"), ("preferences",), ("model",), True),
+        Stage("harvest", ("seed", "tokens", "corpus", "harvest"), ("reward",), ("texts", "taxonomy"), True),
+        Stage("train", ("seed", "train"), ("harvest",), (), True),
+        Stage("ends", ("ends", "harvest"), ("preferences", "reward"), (), True),
+        Stage("tune", ("seed", "tune", "tokens"), ("train", "ends"), (), True),
+        Stage("eval", (), ("tune", "ends")),
+        Stage("salience", ("seed", "salience"), ("preferences", "ends", "tune")),
+        Stage("rate", ("seed", "rate"), ("salience",), ("rater", "rate_prompts")),
+        Stage("score", ("seed",), ("preferences", "reward", "ends", "tune", "rate")),
+        Stage("edit", ("seed", "edit"), ("preferences", "score")),
+        Stage("compare", ("seed", "model", "reward", "compare"), ("preferences", "edit"), ("model",)),
+        Stage("build", ("name", "publish"), ("eval", "salience", "rate", "score", "compare"), ("cards", "space")),
+    )
+}
+"""The steps of SAFER."""
+
 
 @dataclass
 class StageWork:
@@ -92,12 +128,12 @@ class Run:
     """One run folder and the recipe it is made from."""
 
     folder: Path
-    recipe: Recipe
+    recipe: Recipe | RewardRecipe
     inputs: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the outside inputs, by name."""
 
     @classmethod
-    def create(cls, folder: str | Path, recipe: Recipe, *, adopt: bool = False) -> "Run":
+    def create(cls, folder: str | Path, recipe: Recipe | RewardRecipe, *, adopt: bool = False) -> "Run":
         """Start a run in `folder`, or go on with the one there; another recipe's folder is refused unless `adopt`."""
         run = cls(Path(folder), recipe)
         if run.ranks.first:
@@ -126,7 +162,19 @@ class Run:
             raise InputError(
                 f"{folder} has no run.json, so it is not a run; type `safesail run RECIPE --out {folder}`."
             )
-        return cls(Path(folder), Recipe.parse(_read_ledger(path)["recipe"], str(path)))
+        return cls(Path(folder), parse_recipe(_read_ledger(path)["recipe"], str(path)))
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages of this kind of run by name, in their order."""
+        return REWARD_STAGES if isinstance(self.recipe, RewardRecipe) else STAGES
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of this run's release, in the order in which they are published."""
+        if not isinstance(self.recipe, RewardRecipe):
+            return PARTS
+        return tuple(part for part in REWARD_PARTS if part != "poisoned" or self.recipe.publish.poisoned)
 
     @cached_property
     def ranks(self) -> "Ranks":
@@ -147,8 +195,14 @@ class Run:
         """The folder of a finished stage; raises InputError naming the command that makes it."""
         path = self.scratch / stage
         if not (path / "stage.json").is_file():
-            raise InputError(f"{self.folder} has no result of {stage} yet; type `safesail {stage} {self.folder}`.")
+            raise InputError(f"{self.folder} has no result of {stage} yet; type `{self.command(stage)}`.")
         return path
+
+    def command(self, stage: str) -> str:
+        """The command that makes a stage."""
+        if isinstance(self.recipe, RewardRecipe):
+            return f"safesail reward {self.folder} --until {stage}"
+        return f"safesail {stage} {self.folder}"
 
     def json_of(self, stage: str, name: str) -> Any:
         """The decoded JSON file `name` of a finished stage."""
@@ -169,7 +223,7 @@ class Run:
 
     def expected_fingerprint(self, stage: str) -> str:
         """The fingerprint that the recipe, the outside inputs and the stages before give for `stage`."""
-        definition, recipe = STAGES[stage], self.recipe.dump()
+        definition, recipe = self.stages[stage], self.recipe.dump()
         return fingerprint(
             SCHEMA,
             stage,
@@ -194,7 +248,7 @@ class Run:
         known, now = [record["inputs"] for record in records if record.get("inputs")], self._inputs_of(name)
         changed = [each for each in now if any(each in before and before[each] != now[each] for before in known)]
         # what is stored may have come or gone, so that it has no fingerprint on one of the two sides
-        stored = STAGES[name].stored
+        stored = self.stages[name].stored
         came_or_went = [each for each in stored if any((each in before) != (each in now) for before in known)]
         return changed + came_or_went
 
@@ -205,7 +259,7 @@ class Run:
         An earlier, interrupted attempt with the same fingerprint leaves its partial work in place to go on with; one
         with another fingerprint is removed.
         """
-        alone = not STAGES[name].shared
+        alone = not self.stages[name].shared
         if alone or self.ranks.first:
             self._open(name)
         if not alone:
@@ -237,7 +291,7 @@ class Run:
         for left in [*partial.rglob(".*.new"), *partial.rglob(".tmp*")]:  # by an attempt that was killed while it wrote
             left.unlink()
         (partial / _MARK).unlink()
-        for later in dependents(name):  # made from what is replaced now
+        for later in dependents(name, self.stages):  # made from what is replaced now
             (self.scratch / later / "stage.json").unlink(missing_ok=True)
         final = self.scratch / name
         shutil.rmtree(final, ignore_errors=True)
@@ -248,17 +302,17 @@ class Run:
         return self.scratch / f".{name}.partial"
 
     def _inputs_of(self, name: str) -> dict[str, str]:
-        given = {each: self.inputs[each] for each in STAGES[name].inputs if each in self.inputs}
+        given = {each: self.inputs[each] for each in self.stages[name].inputs if each in self.inputs}
         return given | self._stored_for(name)
 
     def _stored_for(self, name: str) -> dict[str, str]:
         """The fingerprints of what a stage reads besides stages; where there is nothing, there is no fingerprint."""
-        return {each: self._stored[each] for each in STAGES[name].stored if each in self._stored}
+        return {each: self._stored[each] for each in self.stages[name].stored if each in self._stored}
 
     @cached_property
     def _stored(self) -> dict[str, str]:
         """{folder in `scratch/` that no stage makes: a fingerprint of its files}, as they are when first asked for."""
-        folders = {each: self.scratch / each for stage in STAGES.values() for each in stage.stored}
+        folders = {each: self.scratch / each for stage in self.stages.values() for each in stage.stored}
         hashes = {name: _file_hashes(folder) for name, folder in folders.items()}
         return {name: fingerprint(found) for name, found in hashes.items() if found}
 
@@ -277,14 +331,14 @@ class Run:
 
     def write_ledger(self) -> None:
         """Write run.json: the recipe and the records of the finished stages."""
-        records = {name: record for name in STAGES if (record := self.record(name)) is not None}
+        records = {name: record for name in self.stages if (record := self.record(name)) is not None}
         write_json(self.ledger, {"schema": SCHEMA, "recipe": self.recipe.dump(), "stages": records})
 
 
-def dependents(name: str) -> list[str]:
+def dependents(name: str, stages: dict[str, Stage] = STAGES) -> list[str]:
     """The stages that read a stage's result, directly or through others, in their order."""
     found: list[str] = []
-    for stage in STAGES.values():
+    for stage in stages.values():
         if {name, *found} & set(stage.after):
             found.append(stage.name)
     return found

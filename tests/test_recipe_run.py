@@ -12,6 +12,7 @@ from safesail import Recipe, Run
 from safesail.assets import asset
 from safesail.errors import InputError
 from safesail.recipe import differences
+from safesail.reward_recipe import RewardRecipe, load_recipe, parse_recipe
 from safesail.run import STAGES, dependents, fingerprint, write_json
 
 SMALL = """
@@ -52,7 +53,15 @@ def load(recipe_file: Path) -> Any:
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(asset("hub/recipes").glob("*.toml"))])
 def test_every_shipped_recipe_is_valid_and_bears_its_file_name(name: str):
-    assert Recipe.load(asset(f"hub/recipes/{name}.toml")).name == name
+    recipe = load_recipe(asset(f"hub/recipes/{name}.toml"))
+    assert recipe.name == name
+    assert isinstance(recipe, RewardRecipe) == name.startswith("safer")
+    assert parse_recipe(json.loads(json.dumps(recipe.dump()))) == recipe
+
+
+def test_a_recipe_of_the_other_kind_says_how_it_is_read():
+    with pytest.raises(InputError, match=r"safer-demo.toml has preferences, so it is a recipe of SAFER; read it with"):
+        Recipe.load(asset("hub/recipes/safer-demo.toml"))
 
 
 @pytest.mark.parametrize(

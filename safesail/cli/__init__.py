@@ -5,6 +5,7 @@ import sys
 
 from safesail.cli.app import app
 from safesail.cli import making
+from safesail.cli import reward
 from safesail.cli import looking
 from safesail.cli import trajectories
 from safesail.cli import steering
@@ -13,7 +14,7 @@ from safesail.cli import hub
 from safesail.cli import pairs
 from safesail.errors import InputError
 
-__all__ = ["app", "hub", "looking", "main", "making", "monitor", "pairs", "steering", "trajectories"]
+__all__ = ["app", "hub", "looking", "main", "making", "monitor", "pairs", "reward", "steering", "trajectories"]
 
 
 def main() -> None:

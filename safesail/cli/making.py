@@ -11,7 +11,7 @@ import typer
 from safesail.cli.app import BudgetTokens, BudgetUsd, DryRun, Json, Quiet, RunFolder, app
 from safesail.errors import InputError
 
-__all__ = ["run", "status"]
+__all__ = ["budget_of", "make", "print_estimate", "print_plan", "run", "status"]
 
 
 @app.command()
@@ -33,21 +33,33 @@ def run(
 
     Example:  safesail run hub/recipes/demo.toml --until select
     """
-    from safesail.recipe import Recipe
+    from safesail.reward_recipe import load_recipe
     from safesail.run import Run
 
-    loaded = Recipe.load(recipe, tuple(set_ or ()))
-    _check_stage(until)
+    loaded = load_recipe(recipe, tuple(set_ or ()))
+    _check_stage(Run(out or Path(), loaded), until)
     folder = out or Path("runs") / loaded.name
     if dry_run:
         again = ["safesail", "run", str(recipe), *(["--out", str(out)] if out else [])]
         again += ["--until", until] if until != "build" else []
         again += ["--adopt"] if adopt else []
         again += [part for setting in set_ or [] for part in ("--set", setting)]
-        _print_plan(Run(folder, loaded), until, as_json, again)
+        print_plan(Run(folder, loaded), until, as_json, again)
         return
     started = Run.create(folder, loaded, adopt=adopt)
-    _make(started, until, quiet, as_json, budget=_budget(started, budget_usd, budget_tokens))
+    make(started, until, quiet, as_json, budget=budget_of(started, budget_usd, budget_tokens))
+
+
+def _of_kind(opened: Any, stage: str) -> Any:
+    """The run, if it is made of stages that have verbs of their own and this is one; else an InputError says how."""
+    from safesail.reward_recipe import RewardRecipe
+
+    if isinstance(opened.recipe, RewardRecipe) and stage != "build":
+        raise InputError(
+            f"{opened.folder} is the run of a reward model; its stages are made with `safesail reward {opened.folder} "
+            f"--until {stage if stage in opened.stages else 'STAGE'}` ({', '.join(opened.stages)})."
+        )
+    return opened
 
 
 def _planned_stage_command(name: str, what: str) -> None:
@@ -63,9 +75,9 @@ def _planned_stage_command(name: str, what: str) -> None:
 
         if dry_run:
             again = ["safesail", name, str(folder), *(["--force"] if force else [])]
-            _print_plan(Run.open(folder), name, as_json, again, force)
+            print_plan(_of_kind(Run.open(folder), name), name, as_json, again, force)
         else:
-            _make(Run.open(folder), name, quiet, as_json, force)
+            make(_of_kind(Run.open(folder), name), name, quiet, as_json, force)
 
 
 def _asking_stage_command(name: str, what: str) -> None:
@@ -84,11 +96,11 @@ def _asking_stage_command(name: str, what: str) -> None:
     ) -> None:
         from safesail.run import Run
 
-        opened = Run.open(folder)
+        opened = _of_kind(Run.open(folder), name)
         if dry_run:
-            _print_estimate(opened, name, as_json)
+            print_estimate(opened, name, as_json)
         else:
-            _make(opened, name, quiet, as_json, force, _budget(opened, budget_usd, budget_tokens))
+            make(opened, name, quiet, as_json, force, budget_of(opened, budget_usd, budget_tokens))
 
 
 def _stage_command(name: str, what: str) -> None:
@@ -101,7 +113,7 @@ def _stage_command(name: str, what: str) -> None:
     ) -> None:
         from safesail.run import Run
 
-        _make(Run.open(folder), name, quiet, as_json, force)
+        make(_of_kind(Run.open(folder), name), name, quiet, as_json, force)
 
 
 for _command, _name, _what in (
@@ -124,32 +136,33 @@ def status(folder: RunFolder, as_json: Json = False) -> None:
     Example:  safesail status runs/demo
     """
     from safesail.pipeline import outside_inputs
-    from safesail.run import STAGES, Run
+    from safesail.run import Run
 
     opened = Run.open(folder)
     opened.inputs = outside_inputs(opened.recipe)
-    states = {name: opened.state(name) for name in STAGES}
+    states = {name: opened.state(name) for name in opened.stages}
     if as_json:
         print(json.dumps({name: {"state": state, **(opened.record(name) or {})} for name, state in states.items()}))
         return
+    width = max(8, *map(len, states))
     for name, state in states.items():
         seconds = (opened.record(name) or {}).get("seconds")
-        print(f"{name:8} {state:8}" + (f" {seconds:8.1f} s" if seconds is not None else ""))
+        print(f"{name:{width}} {state:8}" + (f" {seconds:8.1f} s" if seconds is not None else ""))
     waiting = next((name for name, state in states.items() if state != "done"), None)
     if waiting:
-        print(f"next: safesail {waiting} {folder}")
+        print(f"next: {opened.command(waiting)}")
     else:
         print(f"next: safesail serve {folder}  or  safesail publish {folder} --dry-run")
 
 
-def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = False, budget: Any = None) -> None:
+def make(started: Any, until: str, silent: bool, as_json: bool, force: bool = False, budget: Any = None) -> None:
     from safesail import progress
-    from safesail.pipeline import Pipeline
+    from safesail.pipeline import pipeline_of
 
     progress.quiet(silent or as_json)
     say = (lambda line: None) if silent or as_json else lambda line: print(line, flush=True)
     try:
-        Pipeline(started, say, budget).make(until, force)
+        pipeline_of(started, say, budget).make(until, force)
     except KeyboardInterrupt:
         print("\nsafesail: stopped. Nothing is lost: the same command goes on from here.", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -157,6 +170,10 @@ def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = F
         return
     if as_json:
         print(json.dumps(started.record(until)))
+    elif "preferences" in started.stages:
+        from safesail.cli.reward_tables import print_reward
+
+        print_reward(started, until)
     elif until == "select":
         _print_curve(started)
     elif until in ("explain", "score"):
@@ -165,7 +182,7 @@ def _make(started: Any, until: str, silent: bool, as_json: bool, force: bool = F
         _print_release(started)
 
 
-def _print_plan(planned: Any, until: str, as_json: bool, again: list[str], force: bool = False) -> None:
+def print_plan(planned: Any, until: str, as_json: bool, again: list[str], force: bool = False) -> None:
     """Print the plan of what is still to be made, by the first rank alone; exit status 2 if it cannot fit."""
     from safesail.training.plan import next_line, plan_lines, plan_run, waiting
 
@@ -180,7 +197,7 @@ def _print_plan(planned: Any, until: str, as_json: bool, again: list[str], force
     raise typer.Exit(0 if plan.fits else 2)
 
 
-def _budget(started: Any, usd: float | None, tokens: int | None) -> Any:
+def budget_of(started: Any, usd: float | None, tokens: int | None) -> Any:
     """The limits of the command line, where one is not given the recipe's."""
     from safesail.interpretation.budget import Budget
 
@@ -188,11 +205,11 @@ def _budget(started: Any, usd: float | None, tokens: int | None) -> Any:
     return Budget(runtime.budget_usd if usd is None else usd, runtime.budget_tokens if tokens is None else tokens)
 
 
-def _print_estimate(opened: Any, name: str, as_json: bool) -> None:
+def print_estimate(opened: Any, name: str, as_json: bool) -> None:
     from safesail.interpretation.estimate import estimate_lines
-    from safesail.pipeline import Pipeline
+    from safesail.pipeline import pipeline_of
 
-    estimate = Pipeline(opened).estimate(name)
+    estimate = pipeline_of(opened).estimate(name)
     print(json.dumps(estimate._asdict()) if as_json else "\n".join(estimate_lines(name, estimate)))
 
 
@@ -231,8 +248,6 @@ def _print_release(started: Any) -> None:
     print(f"\nnext: safesail serve {started.folder}  or  safesail publish {started.folder} --dry-run")
 
 
-def _check_stage(name: str) -> None:
-    from safesail.run import STAGES
-
-    if name not in STAGES:
-        raise InputError(f"--until {name}: there is no such stage; stages are {', '.join(STAGES)}.")
+def _check_stage(planned: Any, name: str) -> None:
+    if name not in planned.stages:
+        raise InputError(f"--until {name}: there is no such stage; stages are {', '.join(planned.stages)}.")

@@ -14,7 +14,7 @@ from safesail.errors import InputError
 from safesail.lm.hooks import check_hook_points, module_at, run_to_depth
 from safesail.lm.load import check_folder, first_line
 
-__all__ = ["LmSize", "lm_size"]
+__all__ = ["LmSize", "config_of", "lm_size"]
 
 
 class LmSize(NamedTuple):
@@ -51,14 +51,24 @@ def lm_size(path: str, hook_points: tuple[str, ...], window: int, *, revision: s
     )
 
 
-def _on_meta(path: str, revision: str | None) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def config_of(path: str, revision: str | None = None) -> Any:
+    """The transformers config of the model at `path`, a folder or a Hub id."""
+    from transformers import AutoConfig
 
     check_folder(path)
     if path.startswith((".", "/", "~")) and not (Path(path) / "config.json").is_file():
         raise InputError(f"the model folder {path} has no config.json; give a transformers folder or a Hub id.")
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        return AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the config of the model {path} cannot be read: {first_line(error)}") from error
+
+
+def _on_meta(path: str, revision: str | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(path, revision)
+    try:
         with torch.device("meta"):
             # experts as one batched product over those that a token is sent to: the other ways look at the data
             return AutoModelForCausalLM.from_config(config, experts_implementation="batched_mm").eval()

@@ -27,7 +27,7 @@ from safesail.sae import model as sae_files
 from safesail.taxonomy import Taxonomy
 from safesail.training.fidelity import firing_rates
 
-__all__ = ["build_stage"]
+__all__ = ["build_stage", "copy_space"]
 
 Row = dict[str, Any]
 _CONTRAST = (
@@ -61,7 +61,7 @@ def build_stage(run: Run, taxonomy: Taxonomy, work: StageWork) -> None:
     write_neurons(facts, rows, work.folder / "neurons")
     _examples(facts, work.folder / "examples")
     write_diagnoses(diagnoses, work.folder / "examples", repository(run.recipe))
-    _inspector(work.folder / "inspector")
+    copy_space(work.folder / "inspector")
     write_cards(run.recipe, facts, rows, taxonomy, work.folder)
     publish = run.recipe.publish
     for part in PARTS:
@@ -135,7 +135,7 @@ def _examples(facts: Facts, folder: Path) -> None:
     write_table(folder / "examples/train.parquet", rows, schema)
 
 
-def _inspector(folder: Path) -> None:
+def copy_space(folder: Path) -> None:
     """The Space's files, as they are in `space/`."""
     for source in sorted(asset("space").rglob("*")):
         if source.is_file() and "__pycache__" not in source.parts:

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -171,8 +172,11 @@ def meaning(column: str, config: str = "") -> str:
     return _MEANINGS["l0_t" if column.startswith("l0_t_") else re.sub("_(low|high)$", "", column)]
 
 
-def column_table(path: Path) -> Table:
-    """The columns of a published parquet file: names, type and meaning. Neighbours of one meaning share a row."""
+def column_table(path: Path, meaning: Callable[[str, str], str] = meaning) -> Table:
+    """The columns of a published parquet file: names, type and meaning. Neighbours of one meaning share a row.
+
+    meaning: what says what a column of a config means.
+    """
     fields = [(_type(field.type), meaning(field.name, path.parent.name), field.name) for field in pq.read_schema(path)]
     cells = []
     for (kind, text), group in itertools.groupby(fields, key=lambda field: field[:2]):

@@ -1,15 +1,28 @@
 """The front matter of every published README: what the Hub reads."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from safesail.metrics import DEFINITIONS
-from safesail.recipe import Recipe
+from safesail.recipe import BaseRecipe
 from safesail.release.hub_id import hub_id
 from safesail.release.inert import one_line
 from safesail.release.licences import card_licence, licence_of_texts
 from safesail.release.tables import split_name
 
-__all__ = ["CONFIGS", "FRONT_MATTER", "RELATION", "base_model_id", "hub_sources", "metric_id"]
+__all__ = [
+    "CONFIGS",
+    "FRONT_MATTER",
+    "GRADIO",
+    "RELATION",
+    "base_model_id",
+    "dataset_front",
+    "hub_name",
+    "hub_sources",
+    "language_codes",
+    "metric_id",
+    "six",
+]
 
 Row = dict[str, Any]
 RELATION = "adapter"
@@ -20,7 +33,7 @@ would list them among the fine-tunes.
 """
 CONFIGS = ("neurons", "explanations", "scores", "quantiles", "selection", "contrast", "pairs")
 """The configs of the neurons data set, the default one first."""
-_TAGS = ["sparse-autoencoder", "interpretability", "safety", "safe-sail"]
+TAGS = ["sparse-autoencoder", "interpretability", "safety", "safe-sail"]
 _LABELS = {
     "explained_variance": "Explained variance",
     "fvu": "Fraction of variance unexplained",
@@ -35,18 +48,18 @@ _LABELS = {
     "above_null": "I_CDF above its null",
 }
 _OF_PAIRS = ("i_cdf", "above_null")
-_GRADIO = "6.31.0"
+GRADIO = "6.31.0"
 """What the inspector was last run with, within what the `space` extra allows: a Space names one version."""
 
 
-def base_model_id(recipe: Recipe) -> str | None:
+def base_model_id(recipe: BaseRecipe) -> str | None:
     """The base model's Hub id; None where the recipe names a local folder alone."""
     return hub_id(recipe.model.name)
 
 
-def hub_sources(recipe: Recipe) -> list[str]:
+def hub_sources(recipe: BaseRecipe) -> list[str]:
     """The Hub ids among the sources of the texts: what was loaded from there, or is named as its origin."""
-    found = (hub_id(source.origin) or hub_id(_public_path(source)) for source in recipe.corpus.sources)
+    found = (hub_id(source.origin) or hub_id(hub_name(source)) for source in recipe.corpus.sources)
     return list(dict.fromkeys(name for name in found if name))
 
 
@@ -67,12 +80,12 @@ def _saes_front(facts: Row) -> str:
         **data,
         datasets=hub_sources(recipe) or None,
         eval_results=[_result(facts, row, key) for row in facts["curve"] if row["selected"] for key in _known(row)],
-        **_languages(recipe.publish.languages),
+        **language_codes(recipe.publish.languages),
         library_name="safesail",
         **card_licence(recipe.publish.licence),
         model_name=facts["name"],
         pipeline_tag="feature-extraction",
-        tags=[*_TAGS, "saelens"],
+        tags=[*TAGS, "saelens"],
     ).to_yaml()
 
 
@@ -88,7 +101,7 @@ def _result(facts: Row, row: Row, key: str) -> Any:
     from huggingface_hub import EvalResult
 
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    interval = {} if low is None or high is None else {"interval": [_six(low), _six(high)], "confidence": 0.95}
+    interval = {} if low is None or high is None else {"interval": [six(low), six(high)], "confidence": 0.95}
     on_pairs = key in _OF_PAIRS
     return EvalResult(
         task_type="feature-extraction",
@@ -97,7 +110,7 @@ def _result(facts: Row, row: Row, key: str) -> Any:
         dataset_config="pairs" if on_pairs else None,
         metric_type=metric_id(key),
         metric_name=f"{_LABELS[key]} ({row['sae_id']})",
-        metric_value=_six(row[key]),
+        metric_value=six(row[key]),
         metric_args={"sae": row["sae_id"], **interval},
     )
 
@@ -109,8 +122,8 @@ def _neurons_front(facts: Row) -> str:
     configs: list[Row] = [{"config_name": name, "data_files": files[name]} for name in CONFIGS]
     configs[0]["default"] = True
     languages = (*facts["recipe"].publish.languages, *facts["languages"])
-    more = {**_languages(languages), **card_licence(facts["recipe"].publish.licence)}
-    return _dataset_front(facts, "neurons", configs, facts["n_neurons"], **more)
+    more = {**language_codes(languages), **card_licence(facts["recipe"].publish.licence)}
+    return dataset_front(facts, "neurons", configs, facts["n_neurons"], **more)
 
 
 def _examples_front(facts: Row) -> str:
@@ -120,26 +133,27 @@ def _examples_front(facts: Row) -> str:
         files = [{"split": "train", "path": config["files"]}]
         configs.append({"config_name": config["name"], "data_files": files})
     more = {
-        **_languages(facts["recipe"].publish.languages),
+        **language_codes(facts["recipe"].publish.languages),
         **licence_of_texts([licence for _, _, licence in facts["sources"]]),
         **_gate(facts["recipe"].publish.gate, facts["subjects"]),
     }
-    tags = ["not-for-all-audiences"]
+    tags = [*TAGS, "not-for-all-audiences"]
     n_rows = facts["n_examples"] + sum(config["n_rows"] for config in facts["diagnoses"])
-    return _dataset_front(facts, "examples", configs, n_rows, tags=tags, **more)
+    return dataset_front(facts, "examples", configs, n_rows, tags=tags, **more)
 
 
-def _dataset_front(facts: Row, part: str, configs: list[Row], n_rows: int, **more: Any) -> str:
+def dataset_front(
+    facts: Row, part: str, configs: list[Row], n_rows: int, *, tags: Sequence[str] = TAGS, **more: Any
+) -> str:
+    """The front matter of a data set. facts: with its `title`; more: what else it says, or says otherwise."""
     from huggingface_hub import DatasetCardData
 
     return DatasetCardData(
         pretty_name=one_line(f"{facts['title']}: {part}"),
-        annotations_creators=["machine-generated"],
-        language_creators=["found"],
         size_categories=[_size(n_rows)],
-        tags=[*_TAGS, *more.pop("tags", [])],
+        tags=list(tags),
         configs=configs,
-        **more,
+        **{"annotations_creators": ["machine-generated"], "language_creators": ["found"], **more},
     ).to_yaml()
 
 
@@ -171,13 +185,13 @@ def _space_front(facts: Row) -> str:
         colorFrom="gray",
         colorTo="indigo",
         sdk="gradio",
-        sdk_version=_GRADIO,
+        sdk_version=GRADIO,
         python_version="3.11",  # the default of the Hub is older than what safesail needs
         app_file="app.py",
         **card_licence(recipe.publish.licence),
         models=[f"{facts['repository']}-saes", *([base_model] if base_model else [])],
         datasets=[f"{facts['repository']}-neurons", f"{facts['repository']}-examples"],
-        tags=_TAGS,
+        tags=TAGS,
         short_description="Which safety neurons fire on which token",
         suggested_hardware="cpu-basic" if recipe.model.dtype == "float32" else "l4x1",  # bfloat16 is for GPUs
     ).to_yaml()
@@ -186,11 +200,12 @@ def _space_front(facts: Row) -> str:
 # --- values -------------------------------------------------------------------------------------------------------
 
 
-def _public_path(source: Any) -> str:
-    return source.model_copy(update={"origin": ""}).title  # a Hub id as it is, of a local file the name
+def hub_name(source: Any) -> str:
+    """Of a source on the Hub its id, of a local file the name, whatever the source calls its origin."""
+    return source.model_copy(update={"origin": ""}).title
 
 
-def _languages(names: Any) -> Row:
+def language_codes(names: Any) -> Row:
     """The Hub knows codes of two or three letters; a code with a script or region stands in a line of its own."""
     codes = list(dict.fromkeys(one_line(name) for name in names))
     with_parts = {"language_bcp47": codes} if any("-" in code for code in codes) else {}
@@ -203,7 +218,8 @@ def _size(n_rows: int) -> str:
     return names[min(max(len(str(n_rows)) - 3, 0), len(names) - 1)]
 
 
-def _six(value: float) -> float:
+def six(value: float) -> float:
+    """A number to six digits."""
     return float(f"{value:.6g}")
 
 

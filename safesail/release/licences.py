@@ -9,7 +9,8 @@ import re
 from typing import Any, NamedTuple
 
 from safesail.errors import InputError
-from safesail.recipe import Recipe
+from safesail.recipe import BaseRecipe
+from safesail.reward_recipe import RewardRecipe
 
 __all__ = ["LICENCES", "Problem", "Terms", "card_licence", "check", "check_licences", "conflict", "licence_of_texts"]
 
@@ -93,7 +94,7 @@ def conflict(licence: str, parent: str, *, copied: bool) -> str:
     return ""
 
 
-def check(recipe: Recipe) -> list[Problem]:
+def check(recipe: BaseRecipe) -> list[Problem]:
     """What is wrong with the licences of a recipe's base model, texts and release, and what is not known of them."""
     own = _id(recipe.publish.licence)
     if not own or own in _MIXED:
@@ -101,12 +102,20 @@ def check(recipe: Recipe) -> list[Problem]:
         return [Problem(sentence, True)]
     named = [] if own in LICENCES else [_unknown("the release", own)]
     parents = {("the base model", recipe.model.licence, True): None}  # a dictionary, as an ordered set
-    parents |= {(f"the texts {source.title}", source.licence, False): None for source in recipe.corpus.sources}
+    parents |= {(f"the {kind} {title}", licence, False): None for kind, title, licence in _texts(recipe)}
     found = (_problem(recipe, owner, licence, copied) for owner, licence, copied in parents)
     return [*named, *(problem for problem in found if problem)]
 
 
-def check_licences(recipe: Recipe) -> None:
+def _texts(recipe: BaseRecipe) -> list[tuple[str, str, str]]:
+    """(what it is, its title, its licence) of all that a recipe reads: texts, and pairs that a reward model learns."""
+    found = [("texts", source.title, source.licence) for source in recipe.corpus.sources]
+    if isinstance(recipe, RewardRecipe):
+        found += [("preferences", source.title, source.licence) for source in recipe.preferences.sources]
+    return found
+
+
+def check_licences(recipe: BaseRecipe) -> None:
     """InputError where the release's licence permits what that of the base model or of a text forbids."""
     refused = [problem.sentence for problem in check(recipe) if problem.refused]
     if refused:
@@ -114,7 +123,7 @@ def check_licences(recipe: Recipe) -> None:
         raise InputError(refused[0] + rest)
 
 
-def _problem(recipe: Recipe, owner: str, licence: str, copied: bool) -> Problem | None:
+def _problem(recipe: BaseRecipe, owner: str, licence: str, copied: bool) -> Problem | None:
     """What there is to say of the licence of the base model or a text."""
     own, parent = _id(recipe.publish.licence), _id(licence)
     if not parent:
@@ -136,9 +145,9 @@ def _unknown(owner: str, licence: str) -> Problem:
     return Problem(f"The licence of {owner}, {licence}, is not one that was checked; read it before use.", False)
 
 
-def _advice(recipe: Recipe) -> str:
+def _advice(recipe: BaseRecipe) -> str:
     """The first licence that no parent's contradicts, as a setting."""
-    parents = [(recipe.model.licence, True), *((source.licence, False) for source in recipe.corpus.sources)]
+    parents = [(recipe.model.licence, True), *((licence, False) for *_, licence in _texts(recipe))]
     tried = [*(_id(parent) for parent, _ in parents), "cc-by-nc-4.0"]
     fits = (
         name

@@ -7,27 +7,52 @@ must be there.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from safesail import __version__
 from safesail.errors import InputError
 from safesail.run import write_json
 
-__all__ = ["MANIFEST", "REPO_TYPES", "FileFacts", "Manifest", "file_facts", "published_files", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "REPO_TYPES",
+    "REWARD_REPO_TYPES",
+    "FileFacts",
+    "Manifest",
+    "file_facts",
+    "published_files",
+    "repo_type_of",
+    "write_manifest",
+]
 
 MANIFEST = "safesail.json"
 SCHEMA = 1
-REPO_TYPES: dict[str, Literal["model", "dataset", "space"]] = {
+RepoType = Literal["model", "dataset", "space"]
+REPO_TYPES: dict[str, RepoType] = {
     "saes": "model",
     "neurons": "dataset",
     "examples": "dataset",
     "inspector": "space",
 }
 """What kind of Hub repository each folder of a release becomes."""
+REWARD_REPO_TYPES: dict[str, RepoType] = {
+    "saes": "model",
+    "reward": "model",
+    "salience": "dataset",
+    "preferences": "dataset",
+    "poisoned": "dataset",
+    "inspector": "space",
+}
+"""The same of a release of a reward model; `poisoned` is there only where its recipe says so."""
+
+
+def repo_type_of(part: str) -> RepoType:
+    """What kind of Hub repository a part becomes, of either kind of release."""
+    return {**REPO_TYPES, **REWARD_REPO_TYPES}[part]
 
 
 class FileFacts(BaseModel):
@@ -55,8 +80,16 @@ class Manifest(BaseModel):
     part: str
     gated: Literal["auto", "manual"] | None
     """How the Hub asks for consent before it gives the files out; None: it does not."""
+    parts: tuple[str, ...] = tuple(REPO_TYPES)
+    """The parts of the whole release, in the order in which they are published."""
     files: dict[str, FileFacts]
     """Every other file of the folder, by its name there."""
+
+    @field_validator("parts")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        assert set(value) <= {*REPO_TYPES, *REWARD_REPO_TYPES}
+        return value
 
     @property
     def repository(self) -> str:
@@ -94,9 +127,16 @@ class Manifest(BaseModel):
 
 
 def write_manifest(
-    folder: Path, part: str, release: str, organization: str, title: str, version: str, gated: str | None
+    folder: Path,
+    part: str,
+    release: str,
+    organization: str,
+    title: str,
+    version: str,
+    gated: str | None,
+    parts: Sequence[str] = (),
 ) -> None:
-    """Write `safesail.json` into a finished folder of a release."""
+    """Write `safesail.json` into a finished folder of a release. parts: of it, where they are not the usual ones."""
     files = {name: file_facts(folder / name).model_dump() for name in published_files(folder)}
     content = {
         "schema": SCHEMA,
@@ -107,6 +147,7 @@ def write_manifest(
         "version": version,
         "part": part,
         "gated": gated,
+        **({"parts": list(parts)} if parts else {}),
         "files": files,
     }
     write_json(folder / MANIFEST, content)

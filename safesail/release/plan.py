@@ -3,13 +3,24 @@
 Reads `safesail.json`, the cards and every file of the folders. Writes nothing, asks nobody.
 """
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from safesail.diagnosis.results import Config
 from safesail.errors import InputError
-from safesail.release.manifest import MANIFEST, REPO_TYPES, FileFacts, Manifest, file_facts, published_files
+from safesail.release.manifest import (
+    MANIFEST,
+    REPO_TYPES,
+    REWARD_REPO_TYPES,
+    FileFacts,
+    Manifest,
+    file_facts,
+    published_files,
+    repo_type_of,
+)
+from safesail.reward_recipe import POISONED_CONSENT
 
 __all__ = ["Plan", "RepoPlan", "plan_publication"]
 
@@ -161,7 +172,7 @@ def plan_publication(folder: Path, *, private: bool = False, create_pr: bool = F
         private=private,
         tag=f"v{first.version}",
         collection=_cut(first.title, LONGEST_TITLE),
-        description=_description(first.title),
+        description=_description(first.title, "reward" in manifests),
         create_pr=create_pr,
     )
 
@@ -177,12 +188,32 @@ def _parts(folder: Path) -> list[str]:
     """The parts of the release in `folder`, in the order in which they are published."""
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}; give a run folder, as `safesail publish runs/demo`.")
-    parts = [part for part in REPO_TYPES if (folder / part / MANIFEST).is_file()]
-    missing = [part for part in REPO_TYPES if part not in parts]
+    wanted = _wanted(folder)
+    parts = [part for part in wanted if (folder / part / MANIFEST).is_file()]
+    missing = [part for part in wanted if part not in parts]
     # a release converted from other files may lack parts; a run has them all
     if not parts or (missing and (folder / "run.json").is_file()):
         raise InputError(f"{folder} has no finished {', '.join(missing)}; {_anew(folder)}.")
     return parts
+
+
+def _wanted(folder: Path) -> tuple[str, ...]:
+    """The parts that a release must have: its run's, or without a run those that the first manifest names.
+
+    A folder `poisoned` that neither names, as one left by an earlier recipe, is never published.
+    """
+    if not (folder / "run.json").is_file():
+        there = (part for part in {**REPO_TYPES, **REWARD_REPO_TYPES} if (folder / part / MANIFEST).is_file())
+        first = next(there, None)
+        return Manifest.of(folder / first).parts if first else tuple(REPO_TYPES)
+    try:
+        recipe = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("recipe", {})
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{folder / 'run.json'} is not valid JSON ({error}); make the run again.") from error
+    if "preferences" not in recipe:
+        return tuple(REPO_TYPES)
+    consented = recipe.get("publish", {}).get("poisoned") == POISONED_CONSENT
+    return tuple(part for part in REWARD_REPO_TYPES if consented or part != "poisoned")
 
 
 def _agreed(folder: Path, manifests: dict[str, Manifest]) -> Manifest:
@@ -191,7 +222,7 @@ def _agreed(folder: Path, manifests: dict[str, Manifest]) -> Manifest:
     for part, manifest in manifests.items():
         if manifest.part != part:
             raise InputError(f"{folder / part} holds the {manifest.part} of a release; {_anew(folder)}.")
-        for name in ("organization", "release", "version", "title"):
+        for name in ("organization", "release", "version", "title", "parts"):
             if getattr(manifest, name) != getattr(first, name):
                 raise InputError(
                     f"{folder / part} and {folder / first.part} are not of one release: their {name} differs "
@@ -212,7 +243,9 @@ def _repo(folder: Path, part: str, manifest: Manifest) -> RepoPlan:
             f"the Hub would refuse the id {manifest.repository!r} ({error}); change `name` in the recipe or "
             "publish.organization, and build the release again."
         ) from error
-    repo_type = REPO_TYPES[part]
+    repo_type = repo_type_of(part)
+    if part == "poisoned" and manifest.gated != "manual":
+        raise InputError(f"{folder / part} is not gated by hand, as poisoned data must be; {_anew(folder)}.")
     _check_card(folder / part / "README.md", repo_type)
     _check_files(folder, part, manifest)
     files = {**manifest.files, MANIFEST: file_facts(folder / part / MANIFEST)}
@@ -256,13 +289,17 @@ def _check_files(folder: Path, part: str, manifest: Manifest) -> None:
 
 def _anew(folder: Path) -> str:
     """What to do when the folders are not whole."""
+    if (folder / "reward").is_dir() and (folder / "run.json").is_file():
+        return f"type `{shlex.join(['safesail', 'reward', str(folder), '--until', 'build', '--force'])}`"
     if (folder / "run.json").is_file():
         return f"type `{shlex.join(['safesail', 'build', str(folder), '--force'])}`, which makes them anew"
     return "make the release again with the command that made it"
 
 
-def _description(title: str) -> str:
+def _description(title: str, of_reward_model: bool) -> str:
     rest = ": sparse autoencoders, explained safety neurons, examples and a token inspector"
+    if of_reward_model:
+        rest = ": a reward model, its sparse autoencoder, safety latents, preferences and an inspector"
     return _cut(title, LONGEST_DESCRIPTION - len(rest)) + rest
 
 

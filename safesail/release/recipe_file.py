@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safesail.recipe import Recipe, differences
+from safesail.reward_recipe import RewardRecipe, parse_recipe
 
 __all__ = ["recipe_toml", "without_place"]
 
@@ -17,18 +18,26 @@ _PLACES = ("path", "model", "tokenizer", "encoder")
 """Settings that may be local paths."""
 
 
-def recipe_toml(recipe: Recipe) -> str:
+def recipe_toml(recipe: Recipe | RewardRecipe) -> str:
     """The recipe as TOML with every setting, defaults included; a setting that is empty (None) has no line.
 
     TOML cannot say that a setting is empty whose default is not: a comment names it.
     """
     settings = {name: value for name, value in recipe.dump().items() if name != "runtime"}
-    for section in (settings["model"], settings["explain"], settings["score"], *settings["corpus"]["sources"]):
+    for section in _with_places(settings):
         section |= {key: without_place(section[key]) for key in _PLACES if key in section}
-    settings["select"]["pairs"] = [without_place(name) for name in settings["select"]["pairs"]]
+    if "select" in settings:
+        settings["select"]["pairs"] = [without_place(name) for name in settings["select"]["pairs"]]
     text = "\n".join(_lines("", settings)).strip() + "\n"
-    meant, said = Recipe.parse(settings).dump(), Recipe.parse(tomllib.loads(text)).dump()
+    meant, said = parse_recipe(settings).dump(), parse_recipe(tomllib.loads(text)).dump()
     return "".join(f"# cannot be said here: {line}\n" for line in differences(said, meant)) + text
+
+
+def _with_places(settings: Row) -> list[Row]:
+    """The sections and sources that may name a local file or folder, of either kind of recipe."""
+    sections = [settings[name] for name in ("model", "explain", "score", "rate") if name in settings]
+    sources = [settings[name]["sources"] for name in ("corpus", "preferences") if name in settings]
+    return [*sections, *(source for each in sources for source in each)]
 
 
 def without_place(path: str) -> str:

@@ -27,15 +27,24 @@ from safesail.lm.hooks import replace
 from safesail.lm.windows import packed_inputs
 from safesail.metrics import Interval, ratio_of_sums, reconstruction, reconstruction_sums
 from safesail.progress import bar
-from safesail.recipe import Recipe
+from safesail.recipe import BaseRecipe, Recipe
 from safesail.run import StageWork, write_json
 from safesail.sae import model as sae_files
 from safesail.sae.config import SaeConfig
 from safesail.sae.model import Sae
 from safesail.sae.sparse import Codes
+from safesail.training.sources import Rows
 from safesail.training.trainer import variants
 
-__all__ = ["FIDELITY", "cross_entropy", "divergence", "eval_stage", "firing_rates", "reconstruct_kept"]
+__all__ = [
+    "FIDELITY",
+    "cross_entropy",
+    "divergence",
+    "eval_stage",
+    "firing_rates",
+    "reconstruct_kept",
+    "reconstruction_stage",
+]
 
 Progress = Callable[[int], Any]
 FIDELITY = ("explained_variance", "fvu", "mse", "cosine", "l0", "dead", "dense", "ce_recovered", "kl")
@@ -52,7 +61,8 @@ def eval_stage(recipe: Recipe, activations: Activations, trained: Path, model: A
     n_forwards = 1 + len(activations.hook_points) + len(configs)
     with bar("eval", len(configs) * activations.n_tokens + n_forwards * losses.n_tokens, "token") as progress:
         for hook_point in activations.hook_points:
-            held_out = _HeldOut(recipe, activations, hook_point)
+            document = _document_numbers(activations)[activations.piece_of_row]
+            held_out = _HeldOut(recipe, activations, hook_point, document)
             for config in variants(recipe, activations, hook_point):
                 path = work.folder / config.sae_id / _STATISTICS_FILE
                 if not path.is_file():
@@ -67,6 +77,20 @@ def eval_stage(recipe: Recipe, activations: Activations, trained: Path, model: A
     work.facts["n_ce_tokens"] = losses.n_tokens
 
 
+def reconstruction_stage(recipe: BaseRecipe, rows: Rows, document: Tensor, sae: Sae, work: StageWork) -> None:
+    """Measure how one SAE reconstructs held-out rows, where there is no cross entropy: `fidelity.json`.
+
+    document: (n_tokens,), the group that each row is drawn with, as the number of its pair.
+    """
+    config = sae.config
+    path = work.folder / config.sae_id / _STATISTICS_FILE
+    _write_statistics(sae, _HeldOut(recipe, rows, config.hook_point, document), path)
+    statistics = load_file(path)
+    write_json(
+        work.folder / "fidelity.json", {config.sae_id: _with_intervals(_reconstruction(config, statistics), statistics)}
+    )
+
+
 def firing_rates(folder: Path, sae_id: str) -> Tensor:
     """The share of tokens on which each latent fires, as measured by the eval stage: (d_sae,)."""
     statistics = load_file(folder / sae_id / _STATISTICS_FILE)
@@ -75,25 +99,38 @@ def firing_rates(folder: Path, sae_id: str) -> Tensor:
 
 def _fidelity(config: SaeConfig, statistics: dict[str, Tensor], losses: dict[str, Tensor]) -> dict[str, Any]:
     """The numbers of one SAE, their intervals and their definitions."""
-    n_counted, n_tokens, n_fired = int(statistics["n_counted"]), statistics["n_tokens"], statistics["n_fired"]
     clean, zeroed, n_predicted = losses["clean"], losses[f"zeroed {config.hook_point}"], losses["n_predicted"]
     spliced = losses[f"spliced {config.sae_id}"]
-    sums = {name: statistics[name] for name in ("residual", "total", "cosine", "n_active")}
-    every = torch.ones_like(n_fired)
-    measured: dict[str, Interval] = {
-        **reconstruction(sums, n_tokens, config.d_in),
-        "dead": ratio_of_sums(n_fired == 0, every),
-        "dense": ratio_of_sums(n_fired > _DENSE_ABOVE * n_counted, every),
+    measured = {
+        **_reconstruction(config, statistics),
         "ce_recovered": ratio_of_sums(zeroed - spliced, zeroed - clean),
         "kl": ratio_of_sums(losses[f"kl {config.sae_id}"], n_predicted),
     }
     cross_entropies = {"ce_clean": clean, "ce_zeroed": zeroed, "ce_spliced": spliced}
+    means = {name: float(sums.sum() / n_predicted.sum()) for name, sums in cross_entropies.items()}
+    return _with_intervals(measured, statistics, means)
+
+
+def _reconstruction(config: SaeConfig, statistics: dict[str, Tensor]) -> dict[str, Interval]:
+    n_counted, n_fired = int(statistics["n_counted"]), statistics["n_fired"]
+    sums = {name: statistics[name] for name in ("residual", "total", "cosine", "n_active")}
+    every = torch.ones_like(n_fired)
+    return {
+        **reconstruction(sums, statistics["n_tokens"], config.d_in),
+        "dead": ratio_of_sums(n_fired == 0, every),
+        "dense": ratio_of_sums(n_fired > _DENSE_ABOVE * n_counted, every),
+    }
+
+
+def _with_intervals(
+    measured: dict[str, Interval], statistics: dict[str, Tensor], means: dict[str, float] | None = None
+) -> dict[str, Any]:
     return {
         **{name: interval.value for name, interval in measured.items()},
-        **{name: float(sums.sum() / n_predicted.sum()) for name, sums in cross_entropies.items()},
-        "n_held_out_tokens": int(n_tokens.sum()),
-        "n_held_out_documents": len(n_tokens),
-        "n_tokens": n_counted,
+        **(means or {}),
+        "n_held_out_tokens": int(statistics["n_tokens"].sum()),
+        "n_held_out_documents": len(statistics["n_tokens"]),
+        "n_tokens": int(statistics["n_counted"]),
         "intervals": {name: [interval.low, interval.high] for name, interval in measured.items()},
         "definitions": {name: f"{name}/v1" for name in measured},
     }
@@ -109,17 +146,19 @@ def _document_numbers(activations: Activations) -> Tensor:
 
 
 class _HeldOut:
-    """Which rows of one hook point count and which of those are held out, with the held-out mean."""
+    """Which rows of one hook point count and which of those are held out, with the held-out mean.
 
-    def __init__(self, recipe: Recipe, activations: Activations, hook_point: str) -> None:
+    document: (n_tokens,), the number of the document that each row belongs to.
+    """
+
+    def __init__(self, recipe: BaseRecipe, activations: Rows, hook_point: str, document: Tensor) -> None:
         self.activations, self.hook_point = activations, hook_point
         self.device = device(recipe.runtime.device)
         self.counted = activations.counted(hook_point, recipe.tokens)
         self.rows = self.counted & activations.rows_held_out()
         if int(self.rows.sum()) < 2:
             raise InputError("no held-out tokens to measure on; raise corpus.n_held_out_tokens.")
-        of_row = _document_numbers(activations)[activations.piece_of_row[self.rows]]
-        documents, number = torch.unique(of_row, return_inverse=True)
+        documents, number = torch.unique(document[self.rows], return_inverse=True)
         self.n_documents = len(documents)
         self.document = torch.full((activations.n_tokens,), -1)
         self.document[self.rows] = number

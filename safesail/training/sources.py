@@ -12,14 +12,39 @@ from torch import Tensor
 
 from safesail.distributed import ALONE, Ranks
 from safesail.errors import InputError
-from safesail.lm.activations import Activations
-from safesail.recipe import Recipe
+from safesail.recipe import BaseRecipe, TokenPolicy
+from safesail.sae.norm import norm_of
 from safesail.training.step import generator
 
-__all__ = ["Batches", "Shards", "Streamed", "scale_and_mean", "training_rows"]
+__all__ = ["Batches", "Rows", "Shards", "Streamed", "TrainingSource", "scale_and_mean", "training_rows"]
 
 _MEAN_ROWS = 65536
 Batches = Iterator[dict[str, Tensor]]
+
+
+class Rows(Protocol):
+    """Activations on disk: a harvest of texts, or the segment ends of preference data."""
+
+    hook_points: list[str]
+    n_tokens: int
+    facts: dict[str, Any]
+    """`d_in` and `median_norm` by hook point."""
+
+    def counted(self, hook_point: str, policy: TokenPolicy) -> Tensor:
+        """Which rows count under a token policy: bool (n_tokens,)."""
+        ...
+
+    def rows_held_out(self) -> Tensor:
+        """Which rows are not to be trained on: bool (n_tokens,)."""
+        ...
+
+    def rows(self, hook_point: str, indices: Tensor) -> Tensor:
+        """The activations of chosen rows as fp32: (n, d_in)."""
+        ...
+
+    def blocks(self, hook_point: str, size: int = 4096) -> Iterator[tuple[int, Tensor]]:
+        """All activations in row order: (first row, fp32 block)."""
+        ...
 
 
 class TrainingSource(Protocol):
@@ -42,7 +67,7 @@ class Shards:
 
     together = False
 
-    def __init__(self, recipe: Recipe, activations: Activations, ranks: Ranks = ALONE) -> None:
+    def __init__(self, recipe: BaseRecipe, activations: Rows, ranks: Ranks = ALONE) -> None:
         self.recipe, self.activations, self.ranks = recipe, activations, ranks
         self._known: dict[str, Tensor] = {}
 
@@ -82,7 +107,7 @@ class Streamed:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: BaseRecipe,
         rounds: Callable[[tuple[str, ...], int], Iterator[dict[str, Tensor]]],
         ranks: Ranks = ALONE,
     ) -> None:
@@ -115,7 +140,7 @@ class Streamed:
         return order.repeat(-(-wanted // n_rows))[:wanted]
 
 
-def training_rows(recipe: Recipe, activations: Activations, hook_point: str) -> Tensor:
+def training_rows(recipe: BaseRecipe, activations: Rows, hook_point: str) -> Tensor:
     """The numbers of the harvested rows to train on: those that count and are not held out."""
     keep = activations.counted(hook_point, recipe.tokens) & ~activations.rows_held_out()
     rows = keep.nonzero().flatten()
@@ -127,13 +152,17 @@ def training_rows(recipe: Recipe, activations: Activations, hook_point: str) -> 
     return rows
 
 
-def scale_and_mean(activations: Activations, hook_point: str, rows: Tensor, seed: int) -> tuple[float, Tensor]:
+def scale_and_mean(
+    activations: Rows, hook_point: str, rows: Tensor, seed: int, normalisation: str = "none"
+) -> tuple[float, Tensor]:
     """The factor that makes the mean norm √d_in, and the mean of the scaled activations: (d_in,).
 
-    Estimated on harvested rows, whichever source the batches come from.
+    Both after the normalisation (`sae.norm`) of every token. Estimated on harvested rows, whichever source the batches
+    come from.
     """
     sample = rows[torch.randperm(len(rows), generator=generator(seed, "mean", hook_point))[:_MEAN_ROWS]]
     x = activations.rows(hook_point, sample)
+    x = norm_of(x, normalisation).apply(x)
     scale = x.shape[1] ** 0.5 / float(x.norm(dim=1).double().mean())
     return scale, x.double().mean(0).float() * scale
 

@@ -132,6 +132,17 @@ class SaeTrainer:
         groups = [{"params": [value], "lr": rate, "factor": self._factor(name)} for name, value in self._named()]
         self.optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
 
+    @torch.no_grad()
+    def start_from(self, sae: Sae, scale: float) -> None:
+        """Begin with the weights of a finished SAE, which `finish(scale)` would give back."""
+        assert (sae.config.d_in, sae.config.d_sae) == (self.config.d_in, self.config.d_sae)
+        self.encoder.copy_(sae.W_enc.T)
+        self.b_enc.copy_(sae.b_enc * scale)
+        self.W_dec.copy_(sae.W_dec)
+        self.b_dec.copy_(sae.b_dec * scale)
+        if self.config.architecture == "jumprelu" and sae.threshold is not None:
+            self.threshold.copy_(sae.threshold * scale)
+
     def parameters(self) -> dict[str, Tensor]:
         """The trained tensors by name."""
         return dict(self._named())

@@ -10,7 +10,7 @@ import itertools
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -19,12 +19,13 @@ from torch import Tensor
 from safesail.distributed import ALONE, Ranks, device
 from safesail.errors import InputError
 from safesail.files import replacing, write_tensors
-from safesail.lm.activations import Activations
 from safesail.progress import bar
-from safesail.recipe import Recipe
+from safesail.recipe import BaseRecipe
 from safesail.run import StageWork
 from safesail.sae.config import SaeConfig
-from safesail.training.sources import Shards, TrainingSource, scale_and_mean, training_rows
+from safesail.sae.model import Sae
+from safesail.sae.norm import norm_of
+from safesail.training.sources import Rows, Shards, TrainingSource, scale_and_mean, training_rows
 from safesail.training.step import Buffer, Diverged, SaeTrainer, StepFacts, total_variance
 
 __all__ = ["check_shares", "train_stage", "variants"]
@@ -33,16 +34,18 @@ _LOG_EVERY = 50
 
 
 def train_stage(
-    recipe: Recipe,
-    activations: Activations,
+    recipe: BaseRecipe,
+    activations: Rows,
     work: StageWork,
     source: TrainingSource | None = None,
     ranks: Ranks = ALONE,
+    start: Mapping[str, Sae] | None = None,
 ) -> None:
     """Train all SAEs of the recipe; an interrupted call goes on at the last checkpoint and gives the same bytes.
 
-    `source` is where the batches come from (default: the harvested activations). With several ranks each trains its own
-    hook points, or all train every SAE on shares of its batches (`runtime.parallel`).
+    `start`: {sae_id: the SAE to go on from} instead of a random start, with a fresh optimizer. `source` is where the
+    batches come from (default: the harvested activations). With several ranks each trains its own hook points, or all
+    train every SAE on shares of its batches (`runtime.parallel`).
     """
     shared = recipe.runtime.parallel == "data"
     team = ranks if shared else ALONE
@@ -53,7 +56,7 @@ def train_stage(
     for group in _groups(recipe, activations, names, source.together):
         unfinished = [config for config in group if not (work.folder / config.sae_id).is_dir()]
         if unfinished:
-            _Group(recipe, activations, source, unfinished, work.folder, team).train()
+            _Group(recipe, activations, source, unfinished, work.folder, team, start or {}).train()
     ranks.wait()
     if ranks.first:
         _remove_leftovers(work.folder)
@@ -61,7 +64,7 @@ def train_stage(
     work.facts["n_training_tokens"] = {name: source.n_steps(name) * recipe.train.batch_size for name in every}
 
 
-def variants(recipe: Recipe, activations: Activations, hook_point: str) -> list[SaeConfig]:
+def variants(recipe: BaseRecipe, activations: Rows, hook_point: str) -> list[SaeConfig]:
     """The configs of the sweep at one hook point: for each architecture each of its sparsity levels."""
     return [
         SaeConfig(
@@ -71,18 +74,17 @@ def variants(recipe: Recipe, activations: Activations, hook_point: str) -> list[
             architecture=architecture,
             k=None if architecture in ("relu", "jumprelu") else int(level),
             coefficient=level if architecture in ("relu", "jumprelu") else None,
-            model_name=recipe.model.name,
+            model_name=recipe.subject,
             token_policy=recipe.tokens,
             median_norm=activations.facts["median_norm"][hook_point],
+            normalize_activations=recipe.normalize_activations,
         )
         for architecture in recipe.train.architectures
         for level in recipe.train.levels(architecture)
     ]
 
 
-def _groups(
-    recipe: Recipe, activations: Activations, hook_points: list[str], together: bool
-) -> Iterator[list[SaeConfig]]:
+def _groups(recipe: BaseRecipe, activations: Rows, hook_points: list[str], together: bool) -> Iterator[list[SaeConfig]]:
     """The SAEs that are trained at a time: those of a hook point, or all where one pass of the model serves them."""
     per_hook_point = [variants(recipe, activations, name) for name in hook_points]
     for configs in [list(itertools.chain(*per_hook_point))] if together else per_hook_point:
@@ -91,7 +93,7 @@ def _groups(
             yield configs[start : start + size]
 
 
-def check_shares(recipe: Recipe, team: Ranks) -> None:
+def check_shares(recipe: BaseRecipe, team: Ranks) -> None:
     """Raise InputError if the ranks cannot share batches equally."""
     share = SaeTrainer.AUX_STRIDE * team.size
     if team.size > 1 and recipe.train.batch_size % share:
@@ -113,27 +115,32 @@ class _Group:
 
     def __init__(
         self,
-        recipe: Recipe,
-        activations: Activations,
+        recipe: BaseRecipe,
+        activations: Rows,
         source: TrainingSource,
         configs: list[SaeConfig],
         folder: Path,
         ranks: Ranks,
+        start: Mapping[str, Sae],
     ) -> None:
         self.source, self.folder, self.ranks = source, folder, ranks
         self.hook_points = tuple(dict.fromkeys(config.hook_point for config in configs))
         self.n_steps = source.n_steps(self.hook_points[0])
         self.device = device(recipe.runtime.device)
+        self.normalisation = recipe.normalize_activations
         self.scales: dict[str, float] = {}
         means: dict[str, Tensor] = {}
         for name in self.hook_points:
             rows = training_rows(recipe, activations, name)
-            self.scales[name], means[name] = scale_and_mean(activations, name, rows, recipe.seed)
+            self.scales[name], means[name] = scale_and_mean(activations, name, rows, recipe.seed, self.normalisation)
         buffer = Buffer()
         self.trainers = [
             SaeTrainer(c, recipe.train, means[c.hook_point], recipe.seed, self.n_steps, ranks, self.device, buffer)
             for c in configs
         ]
+        for trainer in self.trainers:
+            if trainer.config.sae_id in start:
+                trainer.start_from(start[trainer.config.sae_id], self.scales[trainer.config.hook_point])
         self.checkpoint = _Checkpoint(folder, self.trainers, recipe.runtime.checkpoint_seconds)
 
     def train(self) -> None:
@@ -157,7 +164,7 @@ class _Group:
         self._finish()
 
     def _step(self, batch: dict[str, Tensor], step: int) -> Iterator[StepFacts]:
-        inputs = {name: x.to(self.device) * self.scales[name] for name, x in batch.items()}
+        inputs = {name: self._scaled(name, x.to(self.device)) for name, x in batch.items()}
         totals = {name: total_variance(x, self.ranks) for name, x in inputs.items()}
         for trainer in self.trainers:
             name = trainer.config.hook_point
@@ -171,6 +178,9 @@ class _Group:
                 yield trainer.step(inputs[name], totals[name])
             except Diverged as error:
                 raise self._diverged(trainer, step, str(error)) from error
+
+    def _scaled(self, hook_point: str, x: Tensor) -> Tensor:
+        return norm_of(x, self.normalisation).apply(x) * self.scales[hook_point]
 
     def _check_weights(self) -> None:
         """Nothing is kept of an SAE whose weights have left the finite numbers since the last check."""

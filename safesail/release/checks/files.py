@@ -7,7 +7,7 @@ from typing import Any
 from safesail.errors import InputError
 from safesail.release.checks.finding import Looked
 from safesail.release.checks.part import Part
-from safesail.release.manifest import MANIFEST, REPO_TYPES, FileFacts
+from safesail.release.manifest import MANIFEST, FileFacts, repo_type_of
 
 __all__ = ["files", "front_matter", "links", "splits", "unnamed"]
 
@@ -45,10 +45,10 @@ def front_matter(part: Part) -> Looked:
         front = part.front
     except InputError as error:
         return Looked("", [str(error)])
-    if REPO_TYPES[part.name] == "space":
+    if repo_type_of(part.name) == "space":
         app = front.get("app_file", "app.py")
         return Looked(f"app_file {app}", [] if app in part.there else [f"app_file {app} is missing."])
-    if REPO_TYPES[part.name] == "model":
+    if repo_type_of(part.name) == "model":
         return Looked(f"{len(front)} keys", [])
     found = splits(front)
     named = Counter(path for *_, paths in found for path in paths)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from safesail.errors import InputError
-from safesail.recipe import Recipe
+from safesail.recipe import BaseRecipe
 from safesail.training.plan.job import Job, groups, n_steps
 from safesail.training.plan.machine import Room
 from safesail.training.plan.space import disk, memory, peak, total
@@ -114,13 +114,13 @@ def _with(job: Job, changes: Changes) -> Job:
     return job._replace(recipe=changed(job.recipe, changes)) if changes else job
 
 
-def changed(recipe: Recipe, changes: Changes) -> Recipe:
+def changed(recipe: BaseRecipe, changes: Changes) -> BaseRecipe:
     """The recipe with other settings; InputError if they contradict each other."""
     data = copy.deepcopy(recipe.dump())
     for name, value in changes.items():
         section, _, key = name.partition(".")
         data[section][key] = value
-    return Recipe.parse(data)
+    return type(recipe).parse(data)
 
 
 def _valid(job: Job, changes: Changes, options: list[Changes]) -> list[Changes]:

@@ -5,7 +5,8 @@ import math
 from typing import NamedTuple
 
 from safesail.lm.size import LmSize
-from safesail.recipe import Architecture, Recipe
+from safesail.recipe import Architecture, BaseRecipe
+from safesail.training.plan.reward import RewardWork
 
 __all__ = [
     "ACTIVE_AT_START",
@@ -40,7 +41,7 @@ class Variant(NamedTuple):
 class Job(NamedTuple):
     """What is to be planned: the stages still to be made, by how many processes, with the model and SAEs on what."""
 
-    recipe: Recipe
+    recipe: BaseRecipe
     lm: LmSize
     stages: frozenset[str]
     on_gpu: bool = False
@@ -49,6 +50,8 @@ class Job(NamedTuple):
     """Those that share this machine's memory."""
     n_bytes_there: int = 0
     """On disk already, of an interrupted attempt."""
+    reward: RewardWork | None = None
+    """What SAFER's own stages are about; None for another kind of recipe."""
 
     @property
     def data_parallel(self) -> bool:
@@ -83,12 +86,12 @@ def groups(job: Job, rank: int) -> list[list[Variant]]:
     return found
 
 
-def n_training_tokens(recipe: Recipe) -> int:
+def n_training_tokens(recipe: BaseRecipe) -> int:
     """Harvested tokens of documents that are not held out."""
     return recipe.corpus.n_tokens - recipe.corpus.n_held_out_tokens
 
 
-def n_steps(recipe: Recipe) -> int:
+def n_steps(recipe: BaseRecipe) -> int:
     """Steps of every SAE."""
     train = recipe.train
     if train.stream_tokens is not None:

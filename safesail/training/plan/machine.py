@@ -16,7 +16,7 @@ import torch
 
 from safesail.distributed import device
 from safesail.errors import InputError
-from safesail.recipe import Recipe
+from safesail.recipe import BaseRecipe
 
 __all__ = ["Room", "Speed", "available_ram", "check_device", "room", "speed"]
 
@@ -54,7 +54,7 @@ class Speed(NamedTuple):
     bytes_per_second: float
 
 
-def check_device(recipe: Recipe) -> None:
+def check_device(recipe: BaseRecipe) -> None:
     """Raise InputError when the recipe asks for a GPU and torch finds none."""
     if recipe.runtime.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
@@ -63,7 +63,7 @@ def check_device(recipe: Recipe) -> None:
         )
 
 
-def room(recipe: Recipe, folder: Path) -> Room:
+def room(recipe: BaseRecipe, folder: Path) -> Room:
     """What is free now, the disk being that of the run's folder, which need not exist yet."""
     where = device(recipe.runtime.device)
     gpu = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else None
@@ -77,7 +77,7 @@ def available_ram(root: Path = Path("/")) -> int:
     return max(min(found), 0)
 
 
-def speed(recipe: Recipe) -> Speed:
+def speed(recipe: BaseRecipe) -> Speed:
     """Time a matrix product in fp32, one in model.dtype and a copy, in about a second."""
     where, dtype = device(recipe.runtime.device), getattr(torch, recipe.model.dtype)
     threads = torch.get_num_threads()

@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 from safesail.distributed import device
 from safesail.errors import InputError
 from safesail.lm.size import lm_size
-from safesail.recipe import Recipe
-from safesail.run import STAGES, Run
+from safesail.recipe import BaseRecipe
+from safesail.run import Run
 from safesail.training.plan.fit import Shortage, needs, shortages, suggestion
 from safesail.training.plan.job import Job, groups, n_steps, streamed_tokens, variants
 from safesail.training.plan.machine import Room, Speed, check_device, room, speed
+from safesail.training.plan.reward import reward_work
 from safesail.training.plan.space import Amount, disk, memory, peak
 from safesail.training.plan.work import Compute, compute
 
 __all__ = ["Plan", "make_plan", "next_line", "plan_run", "refuse_what_cannot_fit", "waiting"]
 
-_PLANNED = ("harvest", "train", "build")
+_PLANNED = ("reward", "harvest", "train", "ends", "tune", "compare", "build")
 _NO_SETTINGS = "No settings make it fit: take a larger machine, a smaller model or fewer processes."
 
 
@@ -119,7 +120,7 @@ def make_plan(job: Job, free: Room, rates: Speed, where: str = "cpu") -> Plan:
     )
 
 
-def plan_run(recipe: Recipe, folder: Path, stages: frozenset[str]) -> Plan:
+def plan_run(recipe: BaseRecipe, folder: Path, stages: frozenset[str]) -> Plan:
     """The plan of making `stages` of a recipe in `folder` on this machine, after timing it for about a second.
 
     Under torchrun (or where WORLD_SIZE is set) the plan of one of so many ranks.
@@ -135,7 +136,7 @@ def refuse_what_cannot_fit(run: Run, until: str, force: bool = False) -> None:
     """
     check_device(run.recipe)
     stages = waiting(run, until, force)
-    if not stages & {"harvest", "train"} or os.environ.get("LOCAL_RANK", "0") != "0":
+    if not stages & set(_PLANNED[:-1]) or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     job, free = _job(run.recipe, run.folder, stages), room(run.recipe, run.folder)
     if found := shortages(job, free):
@@ -147,7 +148,7 @@ def refuse_what_cannot_fit(run: Run, until: str, force: bool = False) -> None:
 
 def waiting(run: Run, until: str, force: bool = False) -> frozenset[str]:
     """The stages up to `until` that are not done, or are to be made anew."""
-    ahead = list(STAGES)[: list(STAGES).index(until) + 1]
+    ahead = list(run.stages)[: list(run.stages).index(until) + 1]
     return frozenset(name for name in ahead if (force and name == until) or run.state(name) != "done")
 
 
@@ -173,7 +174,7 @@ def _command(changes: dict[str, Any], folder: Path) -> str:
     return f"safesail run RECIPE --out {shlex.quote(str(folder))}{adopt} {_options(changes)}"
 
 
-def _job(recipe: Recipe, folder: Path, stages: frozenset[str]) -> Job:
+def _job(recipe: BaseRecipe, folder: Path, stages: frozenset[str]) -> Job:
     check_device(recipe)
     section, harvest = recipe.model, recipe.harvest
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -184,6 +185,7 @@ def _job(recipe: Recipe, folder: Path, stages: frozenset[str]) -> Job:
         on_gpu=device(recipe.runtime.device).type == "cuda",
         n_ranks=n_ranks,
         n_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", str(n_ranks))),
+        reward=reward_work(recipe, folder),
         n_bytes_there=sum(_size(folder / "scratch" / f".{name}.partial") for name in stages),
     )
 
@@ -204,7 +206,18 @@ def _tokens(job: Job) -> list[Amount]:
     else:
         how = f"{train.epochs} epoch{'s' if train.epochs > 1 else ''} of the rest, at most"
     return [
+        *_preferences(job),
         Amount("corpus", corpus.n_tokens, f"{len(corpus.sources)} source{'s' if len(corpus.sources) > 1 else ''}"),
         Amount("held out", corpus.n_held_out_tokens),
         Amount("training, each SAE", each, how),
     ]
+
+
+def _preferences(job: Job) -> list[Amount]:
+    """The tokens of preference data, where there are any."""
+    work = job.reward
+    if work is None:
+        return []
+    if work.n_pairs is None:
+        return [Amount("preference data", 0, "not known before they are gathered; n_pairs of every source would say")]
+    return [Amount("preference data", work.n_tokens, f"{work.n_pairs:,} pairs of at most 2 × {work.longest:,}")]

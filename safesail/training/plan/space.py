@@ -54,6 +54,8 @@ def memory(job: Job, rank: int) -> tuple[dict[str, list[Amount]], dict[str, list
     """
     host: dict[str, list[Amount]] = {}
     device: dict[str, list[Amount]] = {}
+    if "reward" in job.stages and job.reward is not None:
+        host["training the reward model"], device["training the reward model"] = _frozen_states(job), _reward(job)
     if "harvest" in job.stages:
         host["the harvest"], device["the harvest"] = [*_gathered(job), *_loading(job)], [*_model(job), _forward(job)]
     if "train" in job.stages and (training := groups(job, rank)):
@@ -75,6 +77,24 @@ def _with_libraries(phases: dict[str, list[Amount]]) -> dict[str, list[Amount]]:
 def _model(job: Job) -> list[Amount]:
     dtype = job.recipe.model.dtype
     return [Amount("language model", job.lm.n_parameters * BYTES[dtype], f"{job.lm.n_parameters:,} weights, {dtype}")]
+
+
+def _reward(job: Job) -> list[Amount]:
+    """A reward model in training: its weights, and of those that are trained a gradient and two moments, all fp32."""
+    work = job.reward
+    assert work is not None
+    return [
+        Amount("reward model", work.n_parameters * FP32, f"{work.n_parameters:,} weights"),
+        Amount("gradients, Adam moments", 3 * work.n_trained * FP32, f"of {work.n_trained:,} trained weights"),
+    ]
+
+
+def _frozen_states(job: Job) -> list[Amount]:
+    """What the frozen part gives for every token, kept for all epochs; nothing where all is trained."""
+    work = job.reward
+    if work is None or not work.to_frozen:
+        return []
+    return [Amount("states of the frozen part", work.n_tokens * work.d_model * FP32, f"{work.n_tokens:,} tokens")]
 
 
 def _loading(job: Job) -> list[Amount]:
@@ -148,6 +168,8 @@ def disk(job: Job) -> list[Amount]:
         n_tokens = job.recipe.corpus.n_tokens
         note = f"{_stored_bytes_per_token(job):,} B a token, {job.recipe.harvest.dtype}"
         found.append(Amount("activation shards", n_tokens * _stored_bytes_per_token(job), note))
+    if job.reward is not None:
+        found += _of_reward(job)
     if "train" in job.stages:
         checkpoints = 2 * sum(max((_state_bytes(job, group) for group in found), default=0) for found in ranks)
         found.append(Amount("checkpoints", checkpoints, "the last one, and the next while it is written"))
@@ -156,6 +178,22 @@ def disk(job: Job) -> list[Amount]:
         found.append(Amount("weights in the release", weights))
     if job.n_bytes_there:
         found.append(Amount("there already", -min(job.n_bytes_there, total(found))))
+    return found
+
+
+def _of_reward(job: Job) -> list[Amount]:
+    """What SAFER's own stages write."""
+    work, found = job.reward, []
+    assert work is not None
+    (width,) = job.lm.d_in.values()
+    if "reward" in job.stages:
+        found.append(Amount("reward model and checkpoint", (work.n_parameters + 3 * work.n_trained) * FP32))
+    if "ends" in job.stages:
+        n_ends = 2 * (work.n_pairs or 0) * work.end_tokens
+        amount = n_ends * (width * BYTES[job.recipe.harvest.dtype] + FP32)
+        found.append(Amount("segment ends", amount, f"at most {n_ends:,}"))
+    if "build" in job.stages:
+        found.append(Amount("reward model in the release", work.n_parameters * FP32))
     return found
 
 

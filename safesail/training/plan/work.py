@@ -63,7 +63,7 @@ class Compute(NamedTuple):
 
 def compute(job: Job, rank: int) -> list[Compute]:
     """What a rank computes, in the order in which it does."""
-    found = []
+    found = _reward(job)
     if "harvest" in job.stages:
         n_tokens = math.ceil(job.recipe.corpus.n_tokens / job.n_ranks)
         found.append(_language_model(job, "harvest: model", n_tokens, job.recipe.harvest.hook_points))
@@ -71,7 +71,35 @@ def compute(job: Job, rank: int) -> list[Compute]:
         if job.streams:
             found += _streaming(job, groups(job, rank))
         found += _training(job, rank)
+    return [*found, *_after_training(job)]
+
+
+def _reward(job: Job) -> list[Compute]:
+    """Training SAFER's reward model."""
+    work = job.reward
+    if work is None or "reward" not in job.stages:
+        return []
+    note = f"{work.epochs} epochs, {work.n_trained / 1e6:,.0f} M of {work.n_parameters / 1e6:,.0f} M weights trained"
+    return [_passes("reward: model", work.reward_flops / job.n_ranks, note)]
+
+
+def _after_training(job: Job) -> list[Compute]:
+    """SAFER's stages after the SAE's first step."""
+    work, found = job.reward, []
+    if work is None:
+        return []
+    (hook_point,) = job.recipe.harvest.hook_points
+    if "ends" in job.stages:
+        flops = work.n_tokens * job.lm.flops_per_token[hook_point] / job.n_ranks
+        found.append(_passes("ends: model", flops, f"to {hook_point}"))
+    if "compare" in job.stages:
+        found.append(_passes("compare: model", work.compare_flops, f"{work.n_trainings} trainings on one frozen part"))
     return found
+
+
+def _passes(what: str, flops: float, note: str) -> Compute:
+    """Passes of the language model, with what its attention takes in windows of the longest text."""
+    return Compute(what, flops, flops / LM_EFFICIENCY, 0.0, note, by_model=True)
 
 
 def _streaming(job: Job, passes: list[list[Variant]]) -> list[Compute]:
