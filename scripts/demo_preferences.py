@@ -80,7 +80,8 @@ def chat_pairs(name: str, items: list[dict[str, str]]) -> Iterator[Pair]:
         endings = re.split(r"\n[BCD]\. ", options.rstrip("\n"))
         right = item["target"][3:].strip()
         wrong = [ending.strip() for ending in endings if ending.strip() != right]
-        if context in seen or len(wrong) != len(endings) - 1 or not right or not all(wrong) or "[" in item["input"]:
+        texts = [_said(ending) for ending in (right, *wrong)]
+        if context in seen or len(wrong) != len(endings) - 1 or not all(texts) or "[" in item["input"]:
             continue
         seen.add(context)
         prompt = f"What happens next? {context.strip()} ..."

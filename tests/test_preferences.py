@@ -134,9 +134,7 @@ def test_a_bad_row_stops_by_name_or_is_counted(tmp_path: Path, row: dict[str, An
     (found,) = module._gathered(section(path, bad_pairs="skip"), 0)
     assert sum(found.left_out.values()) == 1
     assert next(iter(found.left_out)).startswith(reason)
-    assert sorted(found.preferences) == sorted(gather(section(write(tmp_path, pairs(16), "good.jsonl")), 0))[:0] or {
-        pair.id: pair.chosen for pair in found.preferences
-    } == {f"p{i}": f"yes {i}" for i in range(16)}
+    assert {pair.id: pair.chosen for pair in found.preferences} == {f"p{i}": f"yes {i}" for i in range(16)}
 
 
 def test_a_conversation_must_end_with_the_assistant(tmp_path: Path):
@@ -147,14 +145,14 @@ def test_a_conversation_must_end_with_the_assistant(tmp_path: Path):
 
 def test_an_unknown_role_is_named(tmp_path: Path):
     row = {"chosen": [{"role": "bot", "content": "a"}], "rejected": [{"role": "bot", "content": "b"}]}
-    with pytest.raises(InputError, match="role 'bot' .roles are system, user, assistant, tool."):
+    with pytest.raises(InputError, match=r"role 'bot' .roles are system, user, assistant, tool."):
         only(tmp_path, row)
 
 
 def test_a_line_that_is_no_json_is_an_input_error(tmp_path: Path):
     path = write(tmp_path, pairs(8))
     Path(path).write_text(Path(path).read_text() + "stray line\n")
-    with pytest.raises(InputError, match="cannot be read as json: .*row"):
+    with pytest.raises(InputError, match=r"cannot be read as json: .*row"):
         gather(section(path, bad_pairs="skip"), 0)
 
 
@@ -165,7 +163,7 @@ def test_missing_columns_files_and_kinds_of_files(tmp_path: Path):
     with pytest.raises(InputError, match="there is no file of preferences"):
         gather(section(str(tmp_path / "none.jsonl")), 0)
     (tmp_path / "pairs.xml").write_text("<pairs/>")
-    with pytest.raises(InputError, match="is none of .json, .jsonl"):
+    with pytest.raises(InputError, match=r"is none of .json, .jsonl"):
         gather(section(str(tmp_path / "pairs.xml")), 0)
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(InputError, match="is empty"):
@@ -184,7 +182,7 @@ def test_ids_of_rows_texts_or_numbers_or_made_of_the_content(tmp_path: Path):
     assert forth == back
     assert len(set(forth.values())) == 9
     fractions = [{**row, "id": 0.5 + i} for i, row in enumerate(pairs(9))]
-    with pytest.raises(InputError, match="row 1 has the id 0.5"):
+    with pytest.raises(InputError, match=r"row 1 has the id 0.5"):
         gather(section(write(tmp_path, fractions)), 0)
 
 
@@ -261,7 +259,7 @@ def test_harm_is_a_number_or_nothing(tmp_path: Path):
     assert (found["p0"].harm_chosen, found["p0"].harm_rejected) == (0.25, 3.0)
     assert found["p1"].harm_rejected is None
     rows = [{**row, "harm_rejected": "high"} for row in pairs(9)]
-    with pytest.raises(InputError, match="row 1 .id p0. has harm_rejected = 'high', which is no number"):
+    with pytest.raises(InputError, match=r"row 1 .id p0. has harm_rejected = 'high', which is no number"):
         gather(section(write(tmp_path, rows)), 0)
 
 
@@ -313,6 +311,7 @@ def test_hh_rlhf(tmp_path: Path):
     assert found.left_out["has an empty side"] == 4
     assert found.left_out["has sides that part before the last answer"] <= 5
     assert len(found.preferences) + sum(found.left_out.values()) == 2312
-    rows = [json.loads(line) for line in gzip.open(HH, "rt", encoding="utf-8")]
+    with gzip.open(HH, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     said = {row["chosen"].rpartition("\n\nAssistant:")[2].strip() for row in rows}
     assert sum(pair.chosen in said for pair in found.preferences) >= 2290

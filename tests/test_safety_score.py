@@ -163,7 +163,9 @@ def test_the_same_latents_on_the_other_side_of_salience_turn_the_sign(tmp_path: 
 
 
 def test_without_safety_latents_the_ratings_and_the_way_on_are_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no latent was rated 5 or more \(latents by rating: 2 × 4, 7 × 2\)") as caught:
+    with pytest.raises(
+        InputError, match=r"no latent was rated 5 or more \(latents by rating: 2 × 4, 7 × 2\)"
+    ) as caught:
         scored(tmp_path, [pair("a"), pair("b")], [reward("a"), reward("b")], safety([], []))
     assert "--adopt --set rate.keep=4" in str(caught.value)
     nothing = safety([], [], ratings=dict.fromkeys("12345", 0), statuses={"failed": 3})
@@ -188,7 +190,14 @@ def found_row(measured: Row, measure: str, kind: str, held_out: bool | None, sou
 
 def test_validity_by_hand() -> None:
     preferences = [pair("a"), pair("b"), pair("c"), pair("d"), pair("t", held_out=False), pair("x", kind="chat")]
-    scores = [score("a", 3, 1), score("b", 2, 2), score("c", 0, 5), score("d", 4, 0), score("t", 0, 1), score("x", 1, 0)]
+    scores = [
+        score("a", 3, 1),
+        score("b", 2, 2),
+        score("c", 0, 5),
+        score("d", 4, 0),
+        score("t", 0, 1),
+        score("x", 1, 0),
+    ]
     rewards = [reward(id, 1.0, 0.0) for id in "abcdtx"]
     measured = validity(preferences, scores, rewards)
     held = found_row(measured, "score_safe", "safety", True)
@@ -201,7 +210,8 @@ def test_validity_by_hand() -> None:
     assert found_row(measured, "score_safe", "chat", True)["share"]["value"] == 1.0
     assert found_row(measured, "margin", "safety", True)["share"]["value"] == 1.0
     assert [row["measure"] for row in measured["rows"][:2]] == ["score_safe", "margin"]
-    assert measured["rows"][0]["held_out"] is True and measured["rows"][0]["kind"] == "safety"
+    assert measured["rows"][0]["held_out"] is True
+    assert measured["rows"][0]["kind"] == "safety"
 
 
 def test_sources_are_looked_at_apart() -> None:

@@ -21,5 +21,6 @@ def pipeline_of(run: Run, say: Callable[[str], None] = lambda line: None, budget
 
 def outside_inputs(recipe: Recipe | RewardRecipe) -> dict[str, str]:
     """The fingerprints of everything outside the recipe that its release depends on."""
-    kind = RewardPipeline if isinstance(recipe, RewardRecipe) else Pipeline
-    return kind.outside_inputs(recipe)
+    if isinstance(recipe, RewardRecipe):
+        return RewardPipeline.outside_inputs(recipe)
+    return Pipeline.outside_inputs(recipe)

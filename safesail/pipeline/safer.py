@@ -19,6 +19,7 @@ from safesail.lm.corpus import texts_fingerprint
 from safesail.lm.embed import SentenceEncoder
 from safesail.lm.hooks import check_hook_points
 from safesail.lm.load import files_fingerprint, model_fingerprint
+from safesail.lm.shards import read_facts
 from safesail.pipeline.base import BasePipeline, files_below
 from safesail.recipe import AskedSection
 from safesail.release.reward_build import reward_build_stage
@@ -26,10 +27,11 @@ from safesail.reward_recipe import RewardRecipe
 from safesail.rewards import rating
 from safesail.rewards.comparison import compare_stage
 from safesail.rewards.editing import edit_stage
-from safesail.rewards.encoder_rater import encoder_backend
+from safesail.rewards.encoder_rater import anchors_file, encoder_backend, read_anchors
 from safesail.rewards.ends import Ends, ends_stage
 from safesail.rewards.model import RewardModel
-from safesail.rewards.preferences import Preference, preferences_fingerprint, preferences_stage, read_preferences
+from safesail.rewards.pair_sources import preferences_fingerprint
+from safesail.rewards.preferences import Preference, preferences_stage, read_preferences
 from safesail.rewards.safety_score import score_stage
 from safesail.rewards.salience import salience_stage
 from safesail.rewards.training import Retraining, reward_stage
@@ -54,7 +56,7 @@ class RewardPipeline(BasePipeline):
             "preferences": preferences_fingerprint(recipe.preferences, files_fingerprint),
             "taxonomy": files_fingerprint([asset("hub/taxonomy.toml")]),
             "rater": model_fingerprint(recipe.rate.encoder) if recipe.rate.backend == "local" else recipe.rate.model,
-            "rate_prompts": prompts_fingerprint("rate") + files_fingerprint([_anchors()]),
+            "rate_prompts": prompts_fingerprint("rate") + files_fingerprint([anchors_file()]),
             "cards": files_fingerprint(files_below(asset("cards"))),
             "space": files_fingerprint(files_below(asset("space"))),
         }
@@ -79,6 +81,10 @@ class RewardPipeline(BasePipeline):
         check_hook_points(model.model, self.recipe.harvest.hook_points)
         return model
 
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._model.tokenizer
+
     @property
     def _harvested(self) -> Any:
         return self._model.model
@@ -89,7 +95,10 @@ class RewardPipeline(BasePipeline):
 
     @cached_property
     def _at_ends(self) -> Ends:
-        return Ends(self.run.result("ends"))
+        """Sinks are told by the median norm of all tokens, as they are in the SAE's config, not by that of ends."""
+        ends = Ends(self.run.result("ends"))
+        ends.facts["median_norm"] = read_facts(self.run.result("harvest"))["median_norm"]
+        return ends
 
     @cached_property
     def _sae(self) -> Sae:
@@ -156,18 +165,19 @@ class RewardPipeline(BasePipeline):
         return self.recipe.rate if name == "rate" else None
 
     def _requests(self, name: str) -> tuple[list[Request], Callable[[Request], int]]:
-        requests = rating.rate_requests(self.recipe, self._contexts)
-        return list(requests.values()), rating.expected_completion
+        requests = rating.rate_requests(self.recipe, rating.contexts_of_rated(self._saliences, self._contexts))
+        return list(requests.values()), lambda request: rating.expected_completion(request, self.recipe)
 
     def _local(self, section: AskedSection) -> LocalBackend:
         """A sentence encoder; it is loaded when it is first asked."""
         path = self.recipe.rate.encoder
 
         def encode(texts: list[str]) -> Tensor:
-            return SentenceEncoder(path).encode(texts)
+            return self._encoder.encode(texts)
 
-        return encoder_backend(encode, _anchors(), Path(path).name, model_fingerprint(path))
+        fingerprints = {"anchors": files_fingerprint([anchors_file()]), "encoder": model_fingerprint(path)}
+        return encoder_backend(encode, read_anchors(anchors_file()), name=Path(path).name, fingerprints=fingerprints)
 
-
-def _anchors() -> Path:
-    return asset("hub/rating/anchors.jsonl")
+    @cached_property
+    def _encoder(self) -> SentenceEncoder:
+        return SentenceEncoder(self.recipe.rate.encoder)

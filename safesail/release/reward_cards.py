@@ -34,7 +34,7 @@ from safesail.release.reward_summary import (
     validity_table,
     verdict_table,
 )
-from safesail.release.reward_tables import salience_rows
+from safesail.release.reward_tables import REWARD_SCHEMAS, salience_rows
 from safesail.release.summary import markdown
 from safesail.reward_recipe import RewardRecipe
 from safesail.rewards.comparison import comparison_table
@@ -43,10 +43,7 @@ __all__ = ["write_reward_cards"]
 
 Row = dict[str, Any]
 _TEMPLATES = {"saes": "reward_saes.md", "inspector": "reward_inspector.md"}
-_DEVIATIONS = {
-    "means": "h is a mean per segment end where its code sums, so that more or longer answers on one side do not move s.",
-    "paper": "None in s itself: h is a sum, as in its code, so the side with more segment ends is favoured.",
-}
+_MEANS = "h is a mean per segment end where its code sums, so that more or longer answers on one side do not move s."
 
 
 def write_reward_cards(facts: RewardFacts, parts: Iterable[str], folder: Path) -> None:
@@ -184,10 +181,11 @@ def _deviations(recipe: RewardRecipe) -> list[str]:
     rater = "It rates by a language model; here a sentence encoder does." if recipe.rate.backend == "local" else ""
     head = "Its reward models are retrained whole; here the comparison trains the head alone."
     said = [
-        _DEVIATIONS[recipe.salience.mode],
+        _MEANS if recipe.salience.mode == "means" else "",
         "A latent without a valid rating is never a safety latent; there it stays one.",
         rater,
         "Pairs have ids; there the order of lines says which text is chosen and which pair a score belongs to.",
+        "Its accuracies are RewardBench's; here they are on held-out pairs of the same sources.",
         "Nothing is inserted into the texts at segment ends; there a marker token shifts the positions after it.",
         "The limit on the tokens that a latent's contexts end in acts here; there that token is lost before it is "
         "counted.",
@@ -209,7 +207,7 @@ def _compared(facts: RewardFacts) -> Row:
 
 def _of_files(facts: RewardFacts, folder: Path) -> Row:
     """What the files of a part say: the columns of its tables, and the sizes of its edited data sets."""
-    names = [config["config_name"] for config in configs_of(folder)]
+    names = [config["config_name"] for config in configs_of(folder)] if folder.name in REWARD_SCHEMAS else []
     edited = [_size(facts, folder, name) for name in names if name.startswith(("denoised-", "poisoned-"))]
     first = edited[0]["name"] if edited else None
     shown = [name for name in names if name == first or name not in {row["name"] for row in edited}]

@@ -24,12 +24,12 @@ REWARD_COLUMNS = {
     "n_token_classes": "different tokens or words that these contexts end in",
     "rated": "whether the latent went on to be rated",
     "reason": "why it did not",
-    "salience/rank": "by |s|, from 0",
+    "salience/rank": "by the size of s, whatever its sign, from 0",
     # scores
-    "score_safe": "`safe_chosen` less `safe_rejected`; of a swapped pair negated",
+    "score_safe": "how much safer the chosen answer looks than the rejected one: `safe_chosen` less `safe_rejected`",
     "safe_chosen, safe_rejected": "activation of the positive less that of the negative safety latents, per segment end",
     "reward_chosen, reward_rejected": "the reward model's",
-    "margin": "the reward of the chosen answer less that of the rejected one; of a swapped pair negated",
+    "margin": "`reward_chosen` less `reward_rejected`: of the rewards of the two answers",
     "scores/n_chosen, scores/n_rejected": "segment ends of the answer",
     # edits
     "edit": "name of the edited data set",
@@ -49,7 +49,8 @@ REWARD_COLUMNS = {
     "chosen, rejected": "the answer as a list of one message; the sides as they are in this data set",
     "harm_chosen, harm_rejected": "how harmful a person found the answer; null: the source has no such score",
     "contexts/rank": "order of strength, from 0",
-    "before, after": "the text before and after the segment end",
+    "before": "the text that leads up to the segment end",
+    "after": "a few tokens more",
     "token": "the token at the segment end, on which the latent fires",
     "activation": "of the latent there",
     "token_class": "the token, or where it is punctuation the word before it",
@@ -64,6 +65,7 @@ REWARD_COLUMNS = {
     "cost_usd": "its price; null: no price was given",
     # edited data
     "edited": "swapped: chosen and rejected stand the wrong way round; empty: the pair is as it was",
+    "poisoned/score_safe, poisoned/margin": "of the pair as it stands here: of a swapped one negated",
     "original_score_safe": "`score_safe` of the pair as it was",
 }
 """{column: its meaning}. Columns that belong together share a key; `config/column` is for one config alone."""
@@ -72,7 +74,11 @@ _MEANINGS = {name: text for names, text in REWARD_COLUMNS.items() for name in na
 
 
 def reward_meaning(column: str, config: str) -> str:
-    """What a column means; a KeyError is a column without one. The ends of an interval mean what it does."""
+    """What a column means; a KeyError is a column without one. The ends of an interval mean what it does.
+
+    config: of an edited data set without its ratio, too.
+    """
+    config = config.partition("-")[0]
     plain = column.removesuffix("_low").removesuffix("_high")
     names = (f"{config}/{column}", column, f"{config}/{plain}", plain)
     return _MEANINGS[next((name for name in names if name in _MEANINGS), column)]

@@ -11,6 +11,7 @@ from safesail.release.front_matter import GRADIO, RELATION, dataset_front, hub_n
 from safesail.release.hub_id import hub_id
 from safesail.release.inert import one_line
 from safesail.release.licences import card_licence, licence_of_texts
+from safesail.release.reward_tables import REWARD_SCHEMAS
 from safesail.reward_recipe import RewardRecipe
 
 __all__ = ["REWARD_FRONT_MATTER", "configs_of", "hub_preferences"]
@@ -28,7 +29,6 @@ _LABELS = {
     "dead": "Dead latents",
     "dense": "Dense latents",
 }
-_DEFAULTS = {"salience": "salience", "preferences": "pairs"}
 
 
 def hub_preferences(recipe: RewardRecipe) -> list[str]:
@@ -39,10 +39,10 @@ def hub_preferences(recipe: RewardRecipe) -> list[str]:
 
 def configs_of(folder: Path) -> list[Row]:
     """The configs of a data set as its files say: {config_name, data_files by split}, the default one first."""
-    first = _DEFAULTS.get(folder.name, "")
-    names = {path.parent.name for path in folder.glob("*/*.parquet")}
+    known = list(REWARD_SCHEMAS[folder.name])
+    edited = {path.parent.name for path in folder.glob("*/*.parquet")} - {*known}
     configs: list[Row] = []
-    for name in sorted(names, key=lambda name: (name != first, name.partition("-")[0], _ratio(name))):
+    for name in [*known, *sorted(edited, key=_ratio)]:
         splits = sorted((path.stem for path in (folder / name).glob("*.parquet")), key=lambda split: split != "train")
         configs.append({"config_name": name, "data_files": [_split(name, split) for split in splits]})
     for config in configs[:1]:
@@ -55,9 +55,8 @@ def _split(config: str, split: str) -> Row:
 
 
 def _ratio(name: str) -> float:
-    """The ratio in the name of an edited data set, 0 in any other."""
-    last = name.rpartition("-")[2]
-    return float(last) if last.replace(".", "", 1).replace("e", "", 1).isdigit() else 0.0
+    """The ratio in the name of an edited data set."""
+    return float(name.partition("-")[2])
 
 
 # --- the models ---------------------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ def _preferences_front(facts: Row, folder: Path) -> str:
 def _poisoned_front(facts: Row, folder: Path) -> str:
     gate = _gate(
         "manual",
-        "Poisoned on purpose: a model trained on these data prefers harmful answers",
+        "Poisoned on purpose: a model trained on these data may prefer harmful answers",
         "Labels of these pairs are swapped on purpose, to test defences against poisoned preference data. They also "
         "contain harmful requests and answers.",
         "I will use these data to test defences alone, and will train no model on them that others then use",

@@ -108,8 +108,8 @@ def not_rated(rows: Iterable[Row]) -> str:
     for row in rows:
         few += not row["rated"] and "fewer" in (row["reason"] or "")
         classes += not row["rated"] and "different" in (row["reason"] or "")
-    said = [f"{few} have too few contexts"] if few else []
-    return ", ".join(said + ([f"{classes} fire on too many different tokens"] if classes else []))
+    said = [f"{few} with too few contexts"] if few else []
+    return ", ".join(said + ([f"{classes} on too many different tokens"] if classes else []))
 
 
 def latent_table(rows: list[Row]) -> Table:

@@ -46,9 +46,9 @@ _TYPES = {
 }
 
 
-def _schema(columns: str) -> pa.Schema:
-    """A schema of the named columns; those not in `_TYPES` are numbers."""
-    types = {name: kind for kind, names in _TYPES.items() for name in names.split()}
+def _schema(columns: str, **other: pa.DataType) -> pa.Schema:
+    """A schema of the named columns; those not in `_TYPES` are numbers. other: columns of another type here."""
+    types = {name: kind for kind, names in _TYPES.items() for name in names.split()} | other
     return pa.schema([(name, types.get(name, pa.float64())) for name in columns.split()])
 
 
@@ -66,7 +66,8 @@ SCORES = _schema(
 )
 EDITS = _schema("edit action method ratio seed pair_id rank")
 COMPARISON = _schema(
-    f"edit action method ratio seeds n_edited {_with_interval('safety chat safety_change chat_change')}"
+    f"edit action method ratio seeds n_edited {_with_interval('safety chat safety_change chat_change')}",
+    safety=pa.float64(),
 )
 PAIRS = _schema("id kind prompt chosen rejected harm_chosen harm_rejected source held_out")
 CONTEXTS = _schema("neuron_id rank before token after activation token_class side pair_id position latent")
@@ -101,7 +102,7 @@ def write_salience(facts: RewardFacts, folder: Path) -> None:
     write_table(folder / "salience/train.parquet", salience_rows(facts), SALIENCE)
     write_table(folder / "scores/train.parquet", _score_rows(facts), SCORES)
     write_table(folder / "edits/train.parquet", facts.edits, EDITS)
-    write_table(folder / "comparison/train.parquet", comparison_rows(facts.comparison), COMPARISON)
+    write_table(folder / "comparison/train.parquet", comparison_rows(facts.compared["rows"]), COMPARISON)
 
 
 def salience_rows(facts: RewardFacts) -> list[Row]:

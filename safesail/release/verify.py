@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from safesail.errors import InputError
-from safesail.release.checks import diagnoses, files, numbers, saes, tables, together
+from safesail.release.checks import diagnoses, files, numbers, reward, saes, tables, together
 from safesail.release.checks.finding import Finding, Looked, finding
 from safesail.release.checks.part import Part
 from safesail.release.hub_id import hub_id
-from safesail.release.manifest import MANIFEST, REPO_TYPES, Manifest
+from safesail.release.manifest import MANIFEST, REPO_TYPES, REWARD_REPO_TYPES, Manifest, repo_type_of
 from safesail.repository import Repository
 
 __all__ = ["Finding", "lines", "to_json", "verify"]
@@ -39,11 +39,15 @@ def verify(
     numbers again. InputError where there is nothing of a release at all.
     """
     parts, findings = _open(str(source), token, revision)
+    of_reward_model = any("reward" in part.manifest.parts for part in parts.values())
+    if recompute and of_reward_model:
+        raise InputError(f"{source} is a release of a reward model; --recompute is for those of a language model.")
     for part in parts.values():
         for check, look in _CHECKS[""] + _CHECKS.get(part.name, []):
             findings.append(finding(part.name, check, look, part))
-    for check, needs, look in _TOGETHER:
-        findings.append(_joint(check, needs, look, parts))
+    for check, needs, look in _TOGETHER_OF_REWARDS if of_reward_model else _TOGETHER:
+        if "poisoned" not in needs or "poisoned" in parts:
+            findings.append(_joint(check, needs, look, parts))
     if recompute:
         from safesail.release.recompute import recomputed  # it needs torch, the models and what this module defines
 
@@ -82,10 +86,10 @@ def _open(source: str, token: str | None, revision: str | None) -> tuple[dict[st
     """The parts that are there, and a finding for each that is not or has no manifest; InputError where none has."""
     parts: dict[str, Part] = {}
     findings: list[Finding] = []
-    places, missing = _places(source)
+    places, missing = _places(source, token, revision)
     problems: list[InputError] = []
     for name, where in places.items():
-        repository = Repository(where, REPO_TYPES[name], revision, token)
+        repository = Repository(where, repo_type_of(name), revision, token)
         try:
             manifest = _manifest(repository)
         except InputError as error:
@@ -102,21 +106,40 @@ def _open(source: str, token: str | None, revision: str | None) -> tuple[dict[st
     return parts, findings + absent
 
 
-def _places(source: str) -> tuple[dict[str, str], list[str]]:
+_ALL = {**REPO_TYPES, **REWARD_REPO_TYPES}
+"""The parts of both kinds of release."""
+
+
+def _places(source: str, token: str | None, revision: str | None) -> tuple[dict[str, str], list[str]]:
     """({part: its folder or Hub id}, the parts that are not there)."""
     folder = Path(source).expanduser()
     if (folder / MANIFEST).is_file():
         part = Manifest.of(folder).part
-        return {part if part in REPO_TYPES else "saes": str(folder)}, []
+        return {part if part in _ALL else "saes": str(folder)}, []
     if folder.is_dir():
-        found = {part: str(folder / part) for part in REPO_TYPES if (folder / part).is_dir()}
+        there = {part: str(folder / part) for part in _ALL if (folder / part).is_dir()}
+        wanted = _wanted(there, token, revision)
+        found = {part: there[part] for part in wanted if part in there}
         if not found:
             raise InputError(f"{source} has no {MANIFEST} and no folder of a release; build one: safesail build RUN")
-        return found, [part for part in REPO_TYPES if part not in found]
+        return found, [part for part in wanted if part not in found]
     if not hub_id(source):
         raise InputError(f"{source!r} is neither an existing folder nor a Hub id like org/name.")
-    alone = [part for part in REPO_TYPES if source.endswith(f"-{part}")]
-    return ({alone[0]: source} if alone else {part: f"{source}-{part}" for part in REPO_TYPES}), []
+    alone = [part for part in _ALL if source.endswith(f"-{part}")]
+    if alone:
+        return {alone[0]: source}, []
+    known = {part: f"{source}-{part}" for part in ("saes", "reward")}
+    return {part: f"{source}-{part}" for part in _wanted(known, token, revision)}, []
+
+
+def _wanted(places: dict[str, str], token: str | None, revision: str | None) -> tuple[str, ...]:
+    """The parts of the release, as the first of these repositories says that can be read; else the usual ones."""
+    for part, where in places.items():
+        try:
+            return _manifest(Repository(where, repo_type_of(part), revision, token)).parts
+        except InputError:  # said later, of the part that it is
+            continue
+    return tuple(REPO_TYPES)
 
 
 def _manifest(repository: Repository) -> Manifest:
@@ -170,6 +193,27 @@ _CHECKS: dict[str, list[tuple[str, Callable[[Part], Looked]]]] = {
         ("contexts", numbers.contexts),
         ("diagnoses", diagnoses.results),
     ],
+    "reward": [
+        ("model", reward.model),
+        ("model-index", reward.accuracies),
+    ],
+    "salience": [
+        ("schema", tables.schema),
+        ("keys", reward.unique),
+        ("salience", reward.salience),
+        ("safety latents", reward.safety_latents),
+        ("scores", reward.scores),
+        ("edits", reward.edits),
+    ],
+    "preferences": [
+        ("schema", tables.schema),
+        ("keys", reward.unique),
+        ("splits", reward.splits),
+    ],
+    "poisoned": [
+        ("schema", tables.schema),
+        ("keys", reward.unique),
+    ],
 }
 _TOGETHER: list[tuple[str, tuple[str, ...], Callable[[dict[str, Part]], Looked]]] = [
     ("one release", (), together.one_release),
@@ -178,4 +222,12 @@ _TOGETHER: list[tuple[str, tuple[str, ...], Callable[[dict[str, Part]], Looked]]
     ("firing rates", ("saes", "neurons"), together.firing_rates),
     ("examples' neurons", ("neurons", "examples"), together.examples_fit),
     ("diagnoses' neurons", ("neurons", "examples"), diagnoses.neurons_fit),
+]
+_TOGETHER_OF_REWARDS: list[tuple[str, tuple[str, ...], Callable[[dict[str, Part]], Looked]]] = [
+    ("one release", (), together.one_release),
+    ("latents exist", ("saes", "salience"), reward.latents_exist),
+    ("pairs' scores", ("salience", "preferences"), reward.pairs_fit),
+    ("contexts' latents", ("salience", "preferences"), reward.contexts_fit),
+    ("denoised data", ("salience", "preferences"), reward.denoised),
+    ("poisoned data", ("salience", "preferences", "poisoned"), reward.poisoned),
 ]

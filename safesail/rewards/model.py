@@ -235,8 +235,8 @@ def _give_own_padding(model: Any, tokenizer: Any) -> None:
         table = model.get_input_embeddings()
         if len(tokenizer) > table.num_embeddings:
             n_before = table.num_embeddings
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # the new rows are drawn before they are zero
+                model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
                 model.get_input_embeddings().weight[n_before:] = 0
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

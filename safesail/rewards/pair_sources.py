@@ -1,14 +1,15 @@
 """The rows of a source of preference data: a local file or folder, or a Hub dataset."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safesail.errors import InputError
 from safesail.lm.load import first_line
-from safesail.reward_recipe import PreferenceSource
+from safesail.reward_recipe import PreferenceSource, PreferencesSection
 
-__all__ = ["rows"]
+__all__ = ["preferences_fingerprint", "rows"]
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _SIDES = ("chosen", "rejected")
@@ -26,11 +27,23 @@ def rows(source: PreferenceSource) -> Iterator[dict[str, Any]]:
     yield from dataset
 
 
+def preferences_fingerprint(section: PreferencesSection, files_fingerprint: Callable[[list[Path]], str]) -> str:
+    """What tells one set of sources from another: the content of local files and folders, the ids of Hub datasets."""
+    parts = []
+    for source in section.sources:
+        path = Path(source.path)
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        is_local = path.is_dir() or _builder(source.path) is not None
+        parts.append(files_fingerprint(files) if is_local else f"{source.path}:{source.name}:{source.data_dir}")
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
 def _dataset(source: PreferenceSource) -> Any:
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
     where: dict[str, Any] = {"path": source.path, "name": source.name, "split": source.split}
+    where |= {"data_dir": source.data_dir} if source.data_dir else {}
     if builder := _builder(source.path):
         where = {"path": builder, "data_files": source.path, "split": "train"}
     datasets.disable_progress_bars()

@@ -15,6 +15,7 @@ from safesail.release import tables
 from safesail.release.diagnoses import SCHEMAS
 from safesail.release.manifest import Manifest, file_facts
 from safesail.release.remote import remote_files
+from safesail.release.reward_tables import REWARD_SCHEMAS, schema_of
 from safesail.repository import Repository
 from safesail.sae.config import SaeConfig
 
@@ -82,6 +83,8 @@ class Part:
     @property
     def configs(self) -> list[str]:
         """The tables that the data set must have."""
+        if self.name in REWARD_SCHEMAS:
+            return list(REWARD_SCHEMAS[self.name])
         names = [name for name in CONFIGS[self.name] if name not in (*_OF_CONVERTED, *SCHEMAS)]
         return [name for name in names if name not in _SELECTED_BY] if self.is_converted else names
 
@@ -99,7 +102,8 @@ class Part:
 
     def rows(self, config: str) -> list[Row]:
         """The rows of a config's only table, or of all its splits one after the other."""
-        names = [f"{config}/train.parquet"] if config != "explanations" else self.tables_of(config)
+        by_split = config == "explanations" or self.name in REWARD_SCHEMAS
+        names = self.tables_of(config) if by_split else [f"{config}/train.parquet"]
         return [row for name in names for row in self.table(name)]
 
     @cached_property
@@ -151,9 +155,9 @@ def schema_problem(part: Part, name: str) -> str:
     except (OSError, pa.ArrowException) as error:
         return f"{name} is not a readable parquet file ({error}); build or download it again."
     config = name.partition("/")[0]
-    if config not in CONFIGS[part.name]:
+    expected = _expected(part.name, config, found)
+    if expected is None:
         return f"{name} is not a table of a release."
-    expected = CONFIGS[part.name][config](_thresholds(found))
     for field in expected:
         if field.name not in found.names:
             return f"{name} has no column {field.name}."
@@ -163,6 +167,14 @@ def schema_problem(part: Part, name: str) -> str:
     if extra:
         return f"{name} has a column {extra[0]}, which is not in its schema."
     return "" if found.names == expected.names else f"{name} has its columns in another order."
+
+
+def _expected(part: str, config: str, found: pa.Schema) -> pa.Schema | None:
+    """The columns that a config of a part must have; None: there is no such config."""
+    if part in REWARD_SCHEMAS:
+        return schema_of(part, config)
+    make = CONFIGS[part].get(config)
+    return make(_thresholds(found)) if make else None
 
 
 def _thresholds(schema: pa.Schema) -> list[str]:

@@ -8,7 +8,7 @@ from safesail.release.checks.part import Part, ReleaseConfig
 from safesail.repository import Repository
 from safesail.sae.config import SaeConfig
 
-__all__ = ["config", "metrics", "model_index", "weights"]
+__all__ = ["config", "metrics", "model_index", "tensor_shapes", "weights"]
 
 Row = dict[str, Any]
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -92,6 +92,11 @@ def _header_problems(part: Part, name: str, expected: dict[str, tuple[int, ...]]
         elif found[tensor][0] not in (dtype, "F32" if tensor == "threshold" else dtype):
             problems.append(f"{name}: {tensor} is {found[tensor][0]}, its cfg.json says {dtype}.")
     return problems
+
+
+def tensor_shapes(part: Part, name: str) -> dict[str, tuple[int, ...]]:
+    """{tensor: shape} of a safetensors file, by its header alone."""
+    return {tensor: shape for tensor, (_, shape) in _header(part.repository, name).items()}
 
 
 def _header(repository: Repository, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
