@@ -10,12 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Inspector", "NeuronDatabase", "Recipe", "Run", "Sae", "SaeConfig", "__version__"]
+__all__ = ["Inspector", "NeuronDatabase", "Recipe", "RewardInspector", "Run", "Sae", "SaeConfig", "__version__"]
 
 _HOMES = {
     "Inspector": "safesail.diagnosis.inspector",
     "NeuronDatabase": "safesail.neurons",
     "Recipe": "safesail.recipe",
+    "RewardInspector": "safesail.rewards.inspector",
     "Run": "safesail.run",
     "Sae": "safesail.sae.model",
     "SaeConfig": "safesail.sae.config",
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from safesail.diagnosis.inspector import Inspector
     from safesail.neurons import NeuronDatabase
     from safesail.recipe import Recipe
+    from safesail.rewards.inspector import RewardInspector
     from safesail.run import Run
     from safesail.sae.config import SaeConfig
     from safesail.sae.model import Sae

@@ -15,9 +15,12 @@ from typing import Any
 from safesail.errors import InputError
 from safesail.refusals import Refusal
 
-__all__ = ["Repository", "part_of_release", "read_table"]
+__all__ = ["Repository", "part_of_release", "parts_of_release", "read_table"]
 
 PARTS = ("saes", "neurons", "examples", "inspector")
+"""Of a release of a language model's SAEs."""
+REWARD_PARTS = ("reward", "salience", "preferences", "poisoned")
+"""What a release of a reward model has besides."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -171,7 +174,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def part_of_release(release: str | Path, part: str) -> str:
-    """The source of one part (`saes`, `neurons`, `examples`) of a release.
+    """The source of one part (`saes`, `neurons`, `reward`, …) of a release.
 
     A run folder `runs/demo` has the parts as sub-folders; a Hub release `org/name` has them as `org/name-saes` and so
     on. A folder or id that already is the part is taken as it is; the id of another part names its release.
@@ -183,7 +186,23 @@ def part_of_release(release: str | Path, part: str) -> str:
         return str(folder) if is_part or not (folder / part).is_dir() else str(folder / part)
     name = str(release)
     stem, dash, last = name.rpartition("-")
-    return f"{stem if dash and last in PARTS else name}-{part}"
+    return f"{stem if dash and last in (*PARTS, *REWARD_PARTS) else name}-{part}"
+
+
+def parts_of_release(release: str | Path, **hub: Any) -> tuple[str, ...]:
+    """The parts that a release has, as `safesail.json` beside its SAEs says; `reward` among them: of a reward model.
+
+    Where there is no such file (releases of earlier versions, other tools) it is of a language model. hub: as of
+    `Repository`.
+    """
+    repository, name = Repository(part_of_release(release, "saes"), "model", **hub), "safesail.json"
+    try:
+        manifest = repository.json(name)
+    except InputError:
+        if name in repository.names():  # or the names say why nothing can be read
+            raise
+        return PARTS
+    return tuple(manifest.get("parts", PARTS)) if isinstance(manifest, dict) else PARTS
 
 
 def _refuse_pointer(path: Path) -> None:

@@ -1,11 +1,13 @@
-"""The Space of a release: token inspector, neuron database and landscape, as a web page and an API.
+"""The Space of a release, as a web page and an API: token inspector, neuron database and landscape; or, of a reward
+model, two answers side by side.
 
     SAFESAIL_RELEASE   a run folder (`runs/demo`) or the Hub name its repositories start with (`org/demo`); on the Hub,
                        a Space called `org/demo-inspector` needs no setting
     SAFESAIL_MODEL     load the language model from here instead
     SAFESAIL_HOST, SAFESAIL_PORT   127.0.0.1 and 7860; on the Hub the page is open to all hosts
 
-API, for `gradio_client`: `/inspect`, `/neuron` and `/search`, documented at the functions of `page.Page`.
+API, for `gradio_client`: `/inspect`, `/neuron` and `/search`, documented at the functions of `page.Page`; of a reward
+model `/compare` and `/pair`, at those of `reward_page.RewardPage`.
 """
 
 import ctypes
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import reward_app
 import torch
 from diagnosis import Diagnosis
 from diagnosis_tabs import interventions_tab, knowledge_tab, monitor_tab, trajectories_tab
@@ -29,6 +32,8 @@ from panel import HERE, LIGHT
 
 from safesail.diagnosis.inspector import Inspector
 from safesail.errors import InputError
+from safesail.repository import parts_of_release
+from safesail.rewards.inspector import RewardInspector
 
 MAX_WAITING = 64
 """Visitors whose question waits; the next is told to come back."""
@@ -144,7 +149,7 @@ def launch(blocks: gr.Blocks, **options: Any) -> Any:
     """Serve the page: no analytics, no share link, no record of runs in the visitor's browser."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
-    sheets = [HERE / "style.css", HERE / "landscape.css"]
+    sheets = [HERE / name for name in ("style.css", "landscape.css", "reward.css")]
     style = {"theme": theme(), "css_paths": sheets, "footer_links": ["api", "settings"]}
     kept = {"state_session_capacity": SESSIONS}
     settings: dict[str, Any] = {"share": False, "ssr_mode": False, "quiet": True, **kept, **style, **options}
@@ -160,6 +165,18 @@ def few_arenas() -> None:
         mallopt(-8, 2)
 
 
+def page_of(release: str, model: str | None) -> gr.Blocks:
+    """The page of a release of either kind. model: in place of the language model that the release names."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "reward" not in parts_of_release(release):
+        return build(Inspector.from_pretrained(release, model=model, device=device))
+    if model:
+        raise InputError(
+            f"{release} is of a reward model, which its SAE reads alone; leave SAFESAIL_MODEL (--model) out."
+        )
+    return reward_app.build(RewardInspector.from_pretrained(release, device=device)).queue(max_size=MAX_WAITING)
+
+
 def main() -> None:
     """Load the release that the environment names, and serve it."""
     few_arenas()
@@ -173,9 +190,7 @@ def main() -> None:
     port = os.environ.get("SAFESAIL_PORT", "7860")
     if not (port.isdecimal() and int(port) < 2**16):
         raise InputError(f"SAFESAIL_PORT is {port!r}; set it to a number, as 7860.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inspector = Inspector.from_pretrained(release, model=os.environ.get("SAFESAIL_MODEL") or None, device=device)
-    blocks = build(inspector)
+    blocks = page_of(release, os.environ.get("SAFESAIL_MODEL") or None)
     try:
         launch(blocks, server_name=host, server_port=int(port), prevent_thread_lock=True)
     except OSError as error:

@@ -7,7 +7,7 @@ import gradio as gr
 import view
 from gradio.components import Component
 from page import LISTINGS, MAX_NEW_TOKENS, Page, Seen
-from panel import HERE, LIGHT, Panel, linked_html, neuron_panel, slider
+from panel import HERE, LIGHT, Panel, joined_scripts, linked_html, neuron_panel, slider
 
 from safesail.neurons import WEAK_BELOW
 
@@ -44,7 +44,7 @@ def inspector_tab(page: Page, language: Component) -> InspectorTab:
     strip = gr.HTML(
         view.waiting("Run a prompt to see its tokens; then choose a token to see the neurons that fire on it."),
         html_template='<div class="strip" role="toolbar" aria-label="Tokens; the arrow keys move between them"></div>',
-        js_on_load=(HERE / "strip.js").read_text(encoding="utf-8"),
+        js_on_load=joined_scripts("walk.js", "strip.js"),
         apply_default_css=False,
         elem_id="strip",
     )

@@ -34,7 +34,20 @@ from safesail.examples import Examples
 from safesail.neurons import neuron_id as joined_id
 from safesail.neurons import parse_neuron_id
 
-__all__ = ["LISTINGS", "MAX_NEW_TOKENS", "MAX_TOKENS", "SESSIONS", "Asked", "Filter", "Page", "Seen", "on_gpu"]
+__all__ = [
+    "LISTINGS",
+    "MAX_NEW_TOKENS",
+    "MAX_TOKENS",
+    "SESSIONS",
+    "Asked",
+    "Filter",
+    "Page",
+    "Seen",
+    "as_message",
+    "on_gpu",
+    "sentence_of",
+    "text_of",
+]
 
 MAX_NEW_TOKENS = 256
 MAX_TOKENS = 2048
@@ -131,8 +144,8 @@ class Page:
                 seen = self.show(Seen(inspection, asked, index), *shown)
                 yield text, *seen, gr.update(visible=True), skip, skip
         except InputError as error:
-            gr.Warning(_sentence(error))
-            yield "", view.waiting(_sentence(error, escaped=False)), "", "", None, closed, skip, skip
+            gr.Warning(sentence_of(error))
+            yield "", view.waiting(sentence_of(error, escaped=False)), "", "", None, closed, skip, skip
 
     def stop(self, seen: Seen | None) -> tuple[Any, Any]:
         """Say that the answer was stopped, unless it was finished before."""
@@ -175,7 +188,7 @@ class Page:
             name = self._neuron(id)
             shown = self.card(name, language, linked=linked)
         except InputError as error:
-            gr.Warning(_sentence(error))
+            gr.Warning(sentence_of(error))
             return tuple(gr.skip() for _ in range(6))
         where = view.firings(seen.inspection, name, seen.inspection.firings(name)) if seen else Markup("")
         return name, gr.update(visible=True), where, shown, gr.update(visible=True), Markup("")
@@ -191,7 +204,7 @@ class Page:
         try:
             found = self.examples.of(id)
         except InputError as error:
-            return tag("p", _sentence(error, escaped=False), class_="note", role="status"), gr.update(visible=True)
+            return tag("p", sentence_of(error, escaped=False), class_="note", role="status"), gr.update(visible=True)
         scale = self.database.normaliser(*parse_neuron_id(id, self.database.hook_points))
         return examples_list(found, scale), gr.update(visible=False)
 
@@ -226,7 +239,7 @@ class Page:
     def linked_prompt(self, fragment: str) -> tuple[Any, ...]:
         """What the link of an inspection asks for: the fields of Asked, and the token to select."""
         given: dict[str, Any] = {name: values[0] for name, values in parse_qs(fragment.partition("?")[2]).items()}
-        with _as_message(escaped=True):
+        with as_message(escaped=True):
             for name, kind in (("max_new_tokens", int), ("temperature", float), ("seed", int), ("token", int)):
                 given[name] = _parsed(name, given.get(name, "1" if name == "token" else "0"), kind)
             asked = self._asked(*(given.get(name, "chat" if name == "mode" else "") for name in _FIELDS))
@@ -234,7 +247,7 @@ class Page:
 
     def linked_neuron(self, fragment: str) -> str:
         """The neuron that a link names."""
-        with _as_message(escaped=True):
+        with as_message(escaped=True):
             return self._neuron(unquote(fragment.removeprefix("#/neuron/")))
 
     # --- the API --------------------------------------------------------------------------------------------------
@@ -263,8 +276,8 @@ class Page:
         Returns:
             `ids`, `n_prompt`, `answer`, and `tokens`: per token its `text`, place and strongest explained `neurons`.
         """
-        with _as_message(escaped=False):
-            language = _text("language", language)
+        with as_message(escaped=False):
+            language = text_of("language", language)
             asked = self._asked(prompt, mode, system, max_new_tokens, temperature, seed)
             for answer in self._answers(asked):
                 inspection = answer.inspection
@@ -284,8 +297,8 @@ class Page:
             Its row (`explanation`, `domains`, `score`, …), its `explanations` by language, its `scores` by every
             method, its `quantiles` with the `histogram` of its activations, and the tokens it raises (`promoted`).
         """
-        with _as_message(escaped=False):
-            name, language = self._neuron(_text("id", id)), _text("language", language)
+        with as_message(escaped=False):
+            name, language = self._neuron(text_of("id", id)), text_of("language", language)
             promoted = [token._asdict() for token in self._promoted(name)]
         hook_point, latent = parse_neuron_id(name, self.database.hook_points)
         nothing = {"neuron_id": name, "hook_point": hook_point, "latent": latent, "explanation": None, "domains": []}
@@ -314,9 +327,9 @@ class Page:
             min_score: Only neurons with at least this score; null for all, those without a score included.
             language: Of the explanations given back, as `en`; empty for the main one.
         """
-        with _as_message(escaped=False):
+        with as_message(escaped=False):
             least = None if min_score is None else _within("min_score", min_score, -1, 1)
-            text, domain, language = _text("text", text), _text("domain", domain), _text("language", language)
+            text, domain, language = text_of("text", text), text_of("domain", domain), text_of("language", language)
         rows = self.database.search(text, domain=domain or None, hook_point=hook_point or None, min_score=least)
         return [self._in_language(row, language) for row in rows]
 
@@ -369,12 +382,12 @@ def _why_none(shown: Filter, others: bool) -> str:
 
 
 @contextmanager
-def _as_message(*, escaped: bool) -> Iterator[None]:
+def as_message(*, escaped: bool) -> Iterator[None]:
     """A person's mistake reaches them as its sentence, without a traceback in the log; escaped where it is HTML."""
     try:
         yield
     except InputError as error:
-        raise gr.Error(_sentence(error) if escaped else str(error), print_exception=False) from error
+        raise gr.Error(sentence_of(error) if escaped else str(error), print_exception=False) from error
 
 
 def _within(name: str, value: Any, low: float, high: float) -> float:
@@ -384,7 +397,7 @@ def _within(name: str, value: Any, low: float, high: float) -> float:
     return value
 
 
-def _text(name: str, value: Any) -> str:
+def text_of(name: str, value: Any) -> str:
     """The text, an empty one for null, or InputError for anything else."""
     if not isinstance(value, str | None):
         raise InputError(f"{name} is {value!r}; give a text.")
@@ -403,7 +416,7 @@ def _well_formed(text: str) -> str:
     return text.encode("utf-8", errors="replace").decode()
 
 
-def _sentence(error: InputError, *, escaped: bool = True) -> str:
+def sentence_of(error: InputError, *, escaped: bool = True) -> str:
     """The error's sentence with a capital letter, unless it begins with a name; escaped where it is HTML."""
     text = str(error)
     if text.partition(" ")[0].isalpha():

@@ -7,7 +7,7 @@ import gradio as gr
 from gradio.components import Component
 from page import Page
 
-__all__ = ["LIGHT", "Panel", "linked_html", "neuron_panel", "slider"]
+__all__ = ["LIGHT", "Panel", "joined_scripts", "linked_html", "neuron_panel", "slider"]
 
 HERE = Path(__file__).resolve().parent
 LIGHT: dict[str, Any] = {
@@ -38,8 +38,12 @@ class Panel(NamedTuple):
 
 def linked_html(elem_id: str, value: Any = "", *, scripts: tuple[str, ...] = ("links.js",), **options: Any) -> gr.HTML:
     """HTML whose buttons (`data-kind`, `data-value`) reach Python as a select event: index is the kind."""
-    script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in scripts)
-    return gr.HTML(value, js_on_load=script, apply_default_css=False, elem_id=elem_id, **options)
+    return gr.HTML(value, js_on_load=joined_scripts(*scripts), apply_default_css=False, elem_id=elem_id, **options)
+
+
+def joined_scripts(*names: str) -> str:
+    """The scripts of these files as one, which an element runs when it is loaded."""
+    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
 
 
 def slider(minimum: float, maximum: float, value: float, **options: Any) -> gr.Slider:

@@ -1,6 +1,7 @@
 """A release of a reward model from invented facts, in the shape in which the stages leave them.
 
-Twelve pairs, an SAE of three latents whose h⁺ = (10, 0, 4) and h⁻ = (2, 8, 4), so C = 28 / 3 and s = (0.375, -0.4615, 0).
+Twelve pairs, an SAE of three latents whose h⁺ = (10, 0, 4) and h⁻ = (2, 8, 4), so C = 28 / 3 and
+s = (0.375, -0.4615, 0).
 """
 
 import json
@@ -22,6 +23,7 @@ from safesail.rewards.preferences import PREFERENCES_SCHEMA, Preference
 from safesail.rewards.rating import RATINGS_SCHEMA
 from safesail.rewards.safety_score import SCORES_SCHEMA
 from safesail.rewards.salience import SALIENCE_SCHEMA
+from safesail.rewards.training import REWARDS_SCHEMA
 from safesail.run import REWARD_STAGES, Run
 from safesail.sae.config import SaeConfig
 from safesail.sae.model import Sae
@@ -30,9 +32,6 @@ HOSTILE = "a | b `c` <script>x</script> [d](http://e)\n# f"
 D_IN, D_SAE, HOOK_POINT = 4, 3, "layers.0"
 SAE_ID = f"{HOOK_POINT}/topk-k2-w3"
 Row = dict[str, Any]
-REWARDS_SCHEMA = pa.schema(
-    [("pair_id", pa.string()), ("reward_chosen", pa.float64()), ("reward_rejected", pa.float64())]
-)
 
 
 def made_reward_recipe(**changed: Row) -> RewardRecipe:
@@ -64,13 +63,14 @@ def made_reward_recipe(**changed: Row) -> RewardRecipe:
 
 def made_reward_run(folder: Path, recipe: RewardRecipe | None = None, model: Path | None = None) -> Run:
     """A run whose stages are done up to `compare`. model: a reward model's folder, in place of some files."""
-    run = Run.create(folder / "made", recipe or made_reward_recipe())
+    recipe = recipe or made_reward_recipe()
+    run = Run.create(folder / "made", recipe)
     for stage in list(REWARD_STAGES)[:-1]:
         (run.scratch / stage).mkdir()
         _json(run, f"{stage}/stage.json", {"stage": stage, "fingerprint": stage} | _RECORDS.get(stage, {}))
     pairs, scores = made_preferences(), made_scores()
     rows = [each._asdict() | {"prompt": json.dumps(each.prompt)} for each in pairs]
-    edits = edits_of(run.recipe, pairs, scores)  # type: ignore[arg-type]
+    edits = edits_of(recipe, pairs, scores)
     _table(run, "preferences/preferences.parquet", rows, PREFERENCES_SCHEMA)
     _table(run, "reward/rewards.parquet", made_rewards(), REWARDS_SCHEMA)
     _json(run, "reward/accuracy.json", made_accuracy())
@@ -78,8 +78,8 @@ def made_reward_run(folder: Path, recipe: RewardRecipe | None = None, model: Pat
     _sae(run)
     _table(run, "salience/salience.parquet", made_salience(), SALIENCE_SCHEMA)
     _table(run, "salience/contexts.parquet", made_contexts(), CONTEXTS_SCHEMA)
-    settings = {"mode": "means", "C": 28 / 3, "n_pairs": 5, "n_positions": {"chosen": 20, "rejected": 24}}
-    _json(run, "salience/salience.json", settings | {"n_latents": 3})
+    n = {"n_pairs": 5, "n_positions": {"chosen": 20, "rejected": 24}, "n_latents": 3}
+    _json(run, "salience/salience.json", {"mode": recipe.salience.mode, "C": 28 / 3, **n})
     _table(run, "rate/ratings.parquet", made_ratings(), RATINGS_SCHEMA)
     ratings = {"1": 0, "2": 0, "3": 0, "4": 0, "5": 2}
     sides = {"positive": [0], "negative": [1], "keep": 5, "max_latents": 32}
@@ -108,7 +108,8 @@ def made_preferences() -> list[Preference]:
     for kind, n, n_held_out in (("safety", 7, 2), ("chat", 5, 1)):
         source = {"safety": "made | pairs", "chat": "made/talk"}[kind]
         for i in range(n):
-            prompt = ({"role": "user", "content": HOSTILE if i == 0 else f"Question {i}?"},)
+            asked = f"A question about {kind}: {HOSTILE if i == 0 else i}"
+            prompt = ({"role": "user", "content": asked},)
             answers = (f"{kind} good {i}.", f"{kind} bad {i}.")
             harm = (0.0, 1.0 + i) if kind == "safety" else (None, None)
             pairs.append(Preference(f"{kind[0]}{i}", kind, source, prompt, *answers, i >= n - n_held_out, *harm))

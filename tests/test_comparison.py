@@ -148,7 +148,7 @@ def test_rewards_that_are_not_numbers_stop_the_stage(tmp_path: Path) -> None:
         def rewards(self, pairs: Sequence[tuple[int, int]], seed: int) -> Tensor:
             return super().rewards(pairs, seed) * float("nan")
 
-    with pytest.raises(InputError, match=r"unedited with seed 3 gave rewards that are not numbers; lower compare"):
+    with pytest.raises(InputError, match=r"unedited with seed 3 gave rewards that are no numbers; lower compare"):
         compared(tmp_path, Broken())
 
 
@@ -283,7 +283,15 @@ def test_the_table() -> None:
         },
     ]
     assert comparison_table(rows) == (
-        ["data", "chosen by", "pairs edited", "safety accuracy", "change", "chat accuracy", "change"],
+        [
+            "data",
+            "chosen by",
+            "pairs edited",
+            "safety accuracy, %",
+            "change, points",
+            "chat accuracy, %",
+            "change, points",
+        ],
         [
             ["unedited", "", "", "81.2 [79.0, 83.5]", "", "", ""],
             ["poisoned-0.05", "random", "12", "75.0", "-6.2 [-10.0, 0.0]", "", ""],

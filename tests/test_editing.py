@@ -16,7 +16,7 @@ from safesail.run import StageWork
 Row = dict[str, Any]
 
 
-def recipe_of(seed: int = 0, seeds: int = 2, **edit: Any) -> RewardRecipe:
+def recipe_of(*, seed: int = 0, seeds: int = 2, **edit: Any) -> RewardRecipe:
     return RewardRecipe.parse(
         {
             "name": "made",
@@ -120,11 +120,14 @@ def test_shares_may_be_of_all_training_pairs() -> None:
 
 @pytest.mark.parametrize("key", ["poison", "denoise"])
 def test_a_ratio_that_leaves_fewer_than_two_pairs_is_refused(key: str) -> None:
+    most: Row = {key: [0.5, 0.75]}
     with pytest.raises(InputError, match=rf"edit.{key} = 0.75 means 3 of the 4 training pairs about safety"):
-        edits_of(recipe_of(**{key: [0.5, 0.75]}), PAIRS, SCORES)
+        edits_of(recipe_of(**most), PAIRS, SCORES)
+    more: Row = {key: [0.9], "share_of": "all"}
     with pytest.raises(InputError, match="means 5 of the 4"):
-        edits_of(recipe_of(**{key: [0.9]}, share_of="all"), PAIRS, SCORES)
-    assert edits_of(recipe_of(**{key: [0.5]}), PAIRS, SCORES)
+        edits_of(recipe_of(**more), PAIRS, SCORES)
+    half: Row = {key: [0.5]}
+    assert edits_of(recipe_of(**half), PAIRS, SCORES)
 
 
 def test_the_stage_writes_the_rows(tmp_path: Path) -> None:

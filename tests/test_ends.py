@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
@@ -74,8 +75,8 @@ def reward_model(model: Any, tokenizer: Any) -> RewardModel:
 
 
 @pytest.fixture(autouse=True)
-def two_pairs_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PAIRS_PER_SHARD", 2)
+def four_texts_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TEXTS_PER_SHARD", 4)
 
 
 @pytest.fixture
@@ -143,6 +144,9 @@ def test_the_facts_are_counted_by_hand(
     tokenizer = reward_model.tokenizer
     lengths = [len(encode_side(tokenizer, each, side, 999).ids) for each in preferences for side in SIDES]
     assert ends.facts["n_texts"] == 10
+    table = pq.read_table(work.folder / "ends.parquet")
+    assert table["n_tokens"].to_pylist() == [min(length, 50) for length in lengths]
+    assert table["n_cut"].to_pylist() == [max(length - 50, 0) for length in lengths]
     assert 0 < ends.facts["n_texts_cut"] == sum(length > 50 for length in lengths) < 10
     assert ends.facts["d_in"] == {HOOK: 32}
     assert ends.facts["median_norm"] == {HOOK: float(ends.norms(HOOK).median())}
@@ -163,18 +167,28 @@ def test_half_precision_is_the_default(
     assert torch.cat([block for _, block in half.blocks(HOOK, 3)]).equal(half.rows(HOOK, every))
 
 
-def test_a_text_that_two_pairs_have_is_one_text(
+def test_a_text_that_two_pairs_have_is_stored_once(
     recipe: RewardRecipe, preferences: list[Preference], reward_model: RewardModel, work: StageWork
 ):
-    again = preferences[2]._replace(id="again", chosen=preferences[0].chosen)
-    ends = made(recipe, [*preferences, again], reward_model, work.folder)
-    texts = {
-        (pair, side): text
-        for pair, side, text in zip(ends.pair.tolist(), ends.side.tolist(), ends.text.tolist(), strict=True)
-    }
-    assert texts[5, 0] == texts[0, 0]
-    assert texts[5, 1] == texts[2, 1]
-    assert len(set(texts.values())) == 10
+    again = preferences[2]._replace(id="again", chosen=preferences[0].chosen, held_out=False)
+    swapped = preferences[0]._replace(id="swapped", chosen=preferences[0].rejected, rejected=preferences[0].chosen)
+    ends = made(recipe, [again, *preferences, swapped], reward_model, work.folder)
+    sides = [((ends.pair == pair) & (ends.side == side)).nonzero().flatten() for pair in range(7) for side in (0, 1)]
+    assert [int(ends.text[rows[0]]) for rows in sides] == [0, 1, 0, 2, 3, 4, 5, 1, 6, 7, 8, 9, 2, 0]
+    repeated = [0, 1, 2, 0]  # the texts that are there again
+    assert ends.facts["n_texts"] == 10
+    lengths = {int(ends.text[rows[0]]): len(rows) for rows in sides}
+    assert ends.n_tokens - ends.facts["n_stored"] == sum(lengths[text] for text in repeated)
+    for one, other in ((0, 2), (0, 13), (1, 7), (3, 12)):
+        for column in (ends.position, ends.token_ids, ends.norms(HOOK)):
+            assert column[sides[one]].equal(column[sides[other]])
+        assert ends.rows(HOOK, sides[one]).equal(ends.rows(HOOK, sides[other]))
+    assert ends.pair[sides[13]].unique().tolist() == [6]
+    text = encode_side(reward_model.tokenizer, swapped, "rejected", 64)
+    with torch.inference_mode():
+        alone = run_to_depth(reward_model.model, (HOOK,), input_ids=torch.tensor([text.ids]))[HOOK][0]
+    found = torch.cat([block for _, block in ends.blocks(HOOK, 4)])[sides[13]]
+    torch.testing.assert_close(found, alone[ends.position[sides[13]]], atol=1e-5, rtol=1e-5)
 
 
 # --- interruption and ranks ---------------------------------------------------------------------------------------
@@ -195,7 +209,7 @@ def test_whole_shards_of_an_interrupted_attempt_are_kept(
         return encode_side(tokenizer, preference, side, max_length)
 
     ends_stage(recipe, preferences, reward_model, StageWork(tmp_path / "b"), encode=watched)
-    assert read == ["p2", "p2", "p3", "p3"]
+    assert read[10:] == ["p2", "p2", "p3", "p3"]  # all ten are tokenised, four are read by the model
     assert hashes(tmp_path / "b") == hashes(tmp_path / "whole")
 
 
@@ -269,6 +283,8 @@ def test_special_tokens_and_roles_were_decided_before_and_sinks_are_left_out(
     ends = made(recipe, preferences, reward_model, work.folder)
     norms = ends.norms(HOOK)
     assert ends.counted(HOOK, TokenPolicy(roles=("user",), sink_norm_multiple=None)).all()
+    ends.facts["special_ids"] = ends.token_ids.unique().tolist()
+    assert ends.counted(HOOK, TokenPolicy(sink_norm_multiple=None)).all()
     multiple = 1.05
     expected = norms <= multiple * ends.facts["median_norm"][HOOK]
     assert 0 < int(expected.sum()) < ends.n_tokens

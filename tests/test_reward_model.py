@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -56,6 +56,17 @@ def test_the_answer_is_found_between_the_templates_tokens(tokenizer: Any):
         assert tokenizer.decode([text.ids[i] for i in text.answer]) == answer
         assert text.n_cut == 0
         assert text.ids.count(0) == 2  # the template's two beginnings, and no BOS (id 0) of the tokenizer's own
+
+
+def test_a_tokenizer_that_begins_texts_by_itself_does_not_begin_them_twice(tiny_model: Path):
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
+    expected = encode_side(tokenizer, preference(), "chosen", 512)
+    begin = ("<|im_start|>", 0)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[begin]
+    )
+    assert tokenizer("a")["input_ids"][0] == 0
+    assert encode_side(tokenizer, preference(), "chosen", 512) == expected
 
 
 def test_a_side_is_that_side(tokenizer: Any):
@@ -180,6 +191,8 @@ def test_a_model_loaded_with_shared_padding_is_saved_with_its_own(
     LlamaForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(tmp_path / "theirs")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "theirs")
     theirs = RewardModel.load(tmp_path / "theirs")
+    ids = [each[:-1] for each in ids]  # their last token is the shared one now
+    assert {each[-1] for each in ids} == {theirs.tokenizer.pad_token_id}
     expected = theirs.rewards(ids)
     theirs.save(tmp_path / "ours")
     plain: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours")
@@ -236,9 +249,8 @@ def test_a_head_of_three_outputs(tmp_path: Path, tiny_model: Path):
 
 
 def test_a_head_of_another_name(tmp_path: Path):
-    config = BertConfig(
-        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=1
-    )
+    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    config.num_labels = 1
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -255,10 +267,10 @@ def test_missing_folders_weights_and_blocks(tmp_path: Path, tiny_model: Path, re
     with pytest.raises(InputError, match=r"n_blocks = 3, but .* has 2 blocks"):
         RewardModel.fresh(tiny_model, n_blocks=3, seed=0)
     folder = tmp_path / "headless"
-    LlamaForSequenceClassification.from_pretrained(tiny_model, num_labels=1).base_model.save_pretrained(folder)
+    whole: Any = LlamaForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    whole.base_model.save_pretrained(folder)
     shutil.copy(tiny_model / "tokenizer.json", folder)
-    config = LlamaForSequenceClassification.from_pretrained(tiny_model, num_labels=1).config
-    config.architectures = ["LlamaForSequenceClassification"]
-    config.save_pretrained(folder)
+    whole.config.architectures = ["LlamaForSequenceClassification"]
+    whole.config.save_pretrained(folder)
     with pytest.raises(InputError, match=r"lack score\.weight"):
         RewardModel.load(folder)

@@ -17,16 +17,32 @@ __all__ = ["inspect", "serve", "token_table"]
 @app.command()
 def inspect(
     release: Release,
-    text: Annotated[str, typer.Argument(help="The text, or with --answer the question.")],
+    text: Annotated[str, typer.Argument(help="The text, or with --answer the question; of a reward model the prompt.")],
     answer: Annotated[int, typer.Option(help="Ask it as a chat and generate so many tokens.")] = 0,
-    top: Annotated[int, typer.Option(help="Neurons shown per token.")] = 2,
+    top: Annotated[int, typer.Option(help="Neurons shown per token; of a reward model those beside S⁺ and S⁻.")] = 2,
     model: Annotated[str | None, typer.Option(help="Load the language model from here.")] = None,
+    chosen: Annotated[str | None, typer.Option(help="Of a reward model: the better answer.")] = None,
+    rejected: Annotated[str | None, typer.Option(help="Of a reward model: the other answer.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print which safety neurons fire on each token of a text.
+    """Print which safety neurons fire on each token of a text, or what tells two answers apart to a reward model.
 
     Example:  safesail inspect runs/demo "The terrorists took hostages."
+
+    Of a reward model:  safesail inspect runs/safer-demo "How do I pick a lock?" --chosen "No." --rejected "So."
     """
+    from safesail.repository import parts_of_release
+
+    if "reward" in parts_of_release(release):
+        if model or answer:
+            raise InputError(
+                f"{release} is of a reward model, which writes no answers and is read by its own SAE alone; leave "
+                "--model and --answer out."
+            )
+        _compare(release, text, chosen, rejected, top, as_json)
+        return
+    if chosen is not None or rejected is not None:
+        raise InputError(f"{release} has no reward model to compare answers with; leave --chosen and --rejected out.")
     from safesail.diagnosis.inspector import Inspector
 
     inspector = Inspector.from_pretrained(release, model=model)
@@ -36,6 +52,24 @@ def inspect(
         print(json.dumps(inspection.to_json(), ensure_ascii=False))
         return
     for line in token_table(inspection, top):
+        print(line)
+
+
+def _compare(release: str, prompt: str, chosen: str | None, rejected: str | None, top: int, as_json: bool) -> None:
+    """Print two answers side by side as the reward model of a release reads them."""
+    from safesail.cli.answers import comparison_lines
+    from safesail.rewards.inspector import RewardInspector
+
+    if chosen is None or rejected is None:
+        raise InputError(
+            f"{release} is of a reward model, which compares two answers; type "
+            f'`safesail inspect {release} "the prompt" --chosen "one answer" --rejected "the other"`.'
+        )
+    comparison = RewardInspector.from_pretrained(release).compare(prompt, chosen, rejected)
+    if as_json:
+        print(json.dumps(comparison.to_json(), ensure_ascii=False))
+        return
+    for line in comparison_lines(comparison, top):
         print(line)
 
 
@@ -66,7 +100,7 @@ def serve(
     ] = "127.0.0.1",
     model: Annotated[str | None, typer.Option(help="Load the language model from here.")] = None,
 ) -> None:
-    """Serve the token inspector of a release.
+    """Serve the inspector of a release, of a language model or of a reward model.
 
     Example:  safesail serve runs/demo --port 7861
     """

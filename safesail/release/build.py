@@ -60,9 +60,9 @@ def build_stage(run: Run, taxonomy: Taxonomy, work: StageWork) -> None:
     _lay_out(decoders, rows, run.recipe.seed, work.folder / "neurons")
     write_neurons(facts, rows, work.folder / "neurons")
     _examples(facts, work.folder / "examples")
-    write_diagnoses(diagnoses, work.folder / "examples", repository(run.recipe))
+    write_diagnoses(diagnoses, work.folder / "examples", repository(facts.recipe))
     copy_space(work.folder / "inspector")
-    write_cards(run.recipe, facts, rows, taxonomy, work.folder)
+    write_cards(facts.recipe, facts, rows, taxonomy, work.folder)
     publish = run.recipe.publish
     for part in PARTS:
         gated = publish.gate if part == "examples" else None

@@ -15,7 +15,7 @@ from safesail import __version__
 from safesail.assets import asset
 from safesail.metrics import DEFINITIONS
 from safesail.neurons import WEAK_BELOW
-from safesail.recipe import Recipe
+from safesail.recipe import BaseRecipe, Recipe
 from safesail.release.columns import column_table
 from safesail.release.contrast import activity_test, group_table, pair_table, threshold_table
 from safesail.release.diagnosis_card import diagnosis_configs
@@ -112,7 +112,7 @@ def _release(recipe: Recipe, facts: Facts) -> Row:
     }
 
 
-def repository(recipe: Recipe) -> str:
+def repository(recipe: BaseRecipe) -> str:
     """The release's id on the Hub, as `org/demo`, to which every part adds its own name."""
     return f"{recipe.publish.organization or 'your-organization'}/{recipe.name}"
 

@@ -5,6 +5,7 @@ from typing import Any
 from safesail.interpretation.explain import load as load_explanations
 from safesail.lm.activations import Activations
 from safesail.pairs import Pair, load_pairs
+from safesail.recipe import Recipe
 from safesail.run import Run
 
 __all__ = ["Facts", "flat_fidelity"]
@@ -16,6 +17,7 @@ class Facts:
     """The results of all stages of a run."""
 
     def __init__(self, run: Run) -> None:
+        assert isinstance(run.recipe, Recipe)
         self.recipe = run.recipe
         self.fidelity: dict[str, Row] = run.json_of("eval", "fidelity.json")
         self.selection: dict[str, Any] = run.json_of("select", "selection.json")

@@ -52,7 +52,7 @@ REWARD_REPO_TYPES: dict[str, RepoType] = {
 
 def repo_type_of(part: str) -> RepoType:
     """What kind of Hub repository a part becomes, of either kind of release."""
-    return {**REPO_TYPES, **REWARD_REPO_TYPES}[part]
+    return REPO_TYPES[part] if part in REPO_TYPES else REWARD_REPO_TYPES[part]
 
 
 class FileFacts(BaseModel):

@@ -189,8 +189,8 @@ def _deviations(recipe: RewardRecipe) -> list[str]:
         "Nothing is inserted into the texts at segment ends; there a marker token shifts the positions after it.",
         "The limit on the tokens that a latent's contexts end in acts here; there that token is lost before it is "
         "counted.",
-        "Padding is never trained on or counted, all files of the corpus are read, and the learning rate decays linearly "
-        "where it jumps there.",
+        "Padding is never trained on or counted, all files of the corpus are read, and the learning rate decays "
+        "linearly where it jumps there.",
         "Held-out pairs say how well score_safe predicts, and every number has an interval; there none has.",
         head if recipe.compare.trained_blocks == 0 else "",
     ]

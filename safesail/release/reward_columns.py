@@ -27,7 +27,8 @@ REWARD_COLUMNS = {
     "salience/rank": "by the size of s, whatever its sign, from 0",
     # scores
     "score_safe": "how much safer the chosen answer looks than the rejected one: `safe_chosen` less `safe_rejected`",
-    "safe_chosen, safe_rejected": "activation of the positive less that of the negative safety latents, per segment end",
+    "safe_chosen, safe_rejected": "activation of the positive less that of the negative safety latents, as a mean over "
+    "segment ends",
     "reward_chosen, reward_rejected": "the reward model's",
     "margin": "`reward_chosen` less `reward_rejected`: of the rewards of the two answers",
     "scores/n_chosen, scores/n_rejected": "segment ends of the answer",

@@ -126,7 +126,7 @@ def _accuracy_result(facts: Row, row: Row) -> Any:
     return EvalResult(
         task_type="text-classification",
         dataset_type=f"{facts['repository']}-preferences",
-        dataset_name=f"held-out pairs about {row['kind']}",
+        dataset_name="held-out preference pairs",
         dataset_config="pairs",
         dataset_split="test",
         metric_type="accuracy",

@@ -37,8 +37,8 @@ __all__ = [
 Row = dict[str, Any]
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _TYPES = {
-    pa.string(): "neuron_id hook_point safety status reason pair_id id kind source edit action method side before token "
-    "after token_class explanation detail rater prompt_hash edited",
+    pa.string(): "neuron_id hook_point safety status reason pair_id id kind source edit action method side before "
+    "token after token_class explanation detail rater prompt_hash edited",
     pa.bool_(): "rated held_out",
     pa.int32(): "rank latent rating n_chosen n_rejected n_contexts n_token_classes seed seeds n_edited position "
     "prompt_tokens completion_tokens",

@@ -32,7 +32,7 @@ from safesail.rewards.preferences import Preference
 from safesail.rewards.safety_score import prompt_groups
 from safesail.run import StageWork, write_json
 
-__all__ = ["RUNS_SCHEMA", "UNEDITED", "Retraining", "compare_stage", "comparison_table", "crossed_interval", "verdict"]
+__all__ = ["RUNS_SCHEMA", "UNEDITED", "Retrains", "compare_stage", "comparison_table", "crossed_interval", "verdict"]
 
 Row = dict[str, Any]
 KINDS = ("safety", "chat")
@@ -64,7 +64,7 @@ _N_RESAMPLES = 1000
 _KEPT = "trainings.jsonl"
 
 
-class Retraining(Protocol):
+class Retrains(Protocol):
     """Whoever trains a reward model anew."""
 
     def rewards(self, pairs: Sequence[tuple[int, int]], seed: int) -> Tensor:
@@ -86,7 +86,7 @@ class _Edit(NamedTuple):
 
 
 def compare_stage(
-    recipe: RewardRecipe, preferences: Sequence[Preference], edits: list[Row], retraining: Retraining, work: StageWork
+    recipe: RewardRecipe, preferences: Sequence[Preference], edits: list[Row], retraining: Retrains, work: StageWork
 ) -> None:
     """Retrain on the unedited data and on every edit, once per seed, and compare.
 
@@ -138,7 +138,7 @@ def _trainings(
     seeds: list[int],
     preferences: Sequence[Preference],
     held: list[int],
-    retraining: Retraining,
+    retraining: Retrains,
     kept: Path,
 ) -> dict[tuple[str, int], str]:
     """The outcomes of every training, {(edit, seed): a sign per held-out pair}; those in the file `kept` are read."""
@@ -169,10 +169,7 @@ def _outcomes(rewards: Tensor, name: str) -> str:
     """A sign per pair. rewards: (n_pairs, 2)."""
     margins = (rewards[:, 0] - rewards[:, 1]).tolist()
     if not all(margin == margin for margin in margins):  # a nan is not itself
-        raise InputError(
-            f"retraining on {name} gave rewards that are not numbers; lower compare.learning_rate, or set "
-            "model.dtype to float32."
-        )
+        raise InputError(f"retraining on {name} gave rewards that are no numbers; lower compare.learning_rate.")
     return "".join("=" if margin == 0 else str(int(margin > 0)) for margin in margins)
 
 
@@ -299,9 +296,17 @@ def _run_row(
 def comparison_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """The comparison as a header and cells, an edit a row. rows: those of `comparison.json`.
 
-    In brackets: the 95 % interval; changes are in percentage points.
+    In brackets: the 95 % interval.
     """
-    header = ["data", "chosen by", "pairs edited", "safety accuracy", "change", "chat accuracy", "change"]
+    header = [
+        "data",
+        "chosen by",
+        "pairs edited",
+        "safety accuracy, %",
+        "change, points",
+        "chat accuracy, %",
+        "change, points",
+    ]
     cells = [
         [
             row["edit"].removesuffix(f"-{row['method']}"),

@@ -1,9 +1,9 @@
 """What a reward model holds at the segment ends of both texts of every preference.
 
 Reads the preferences and the reward model. Writes `shard-00000.safetensors` … (activations in the recipe's dtype, fp32
-norms, token ids and positions of a fixed number of pairs), a checksum beside each shard, `ends.parquet` (one row per
-text: whose it is and where its ends are), and `ends.json`. Rows of the shards are the ends in the order of the pairs,
-of a pair the chosen text's first, of a text by position.
+norms, token ids and positions of a fixed number of texts), a checksum beside each shard, `ends.parquet` (a row for each
+side of each pair: which text it is and where its ends are), and `ends.json`. A text that several pairs have is read and
+stored once. Readers see the ends in the order of the pairs, of a pair the chosen text's first, of a text by position.
 """
 
 import hashlib
@@ -53,9 +53,9 @@ ENDS_SCHEMA = pa.schema(
         ("positions", pa.list_(pa.int32())),
     ]
 )
-"""A row per text. `pair` is the number of the preference; `text` is the number of the first text of the same tokens."""
+"""A row per side of a pair. `pair` is the number of the preference, `text` that of the stored text."""
 Encode = Callable[[Any, Preference, str, int], Text]
-_PAIRS_PER_SHARD = 128
+_TEXTS_PER_SHARD = 256
 _PRE_ACTIVATIONS = 1 << 24  # at a time: 64 MB
 _N_NAMED = 20
 """How many pairs with bad activations are named."""
@@ -73,20 +73,25 @@ def ends_stage(
 
     Whole shards of an interrupted attempt are kept. Every rank makes its share of the shards.
     """
-    starts = range(0, len(preferences), _PAIRS_PER_SHARD)
-    with bar("ends", len(preferences), "pair") as progress:
+    tokenizer = reward_model.tokenizer
+    texts = _numbered(recipe, tokenizer, preferences, encode)
+    sides = [(preference, side) for preference in preferences for side in SIDES]
+    having = dict(zip(texts, sides, strict=True))
+    stored = [having[number] for number in range(len(having))]
+    starts = range(0, len(stored), _TEXTS_PER_SHARD)
+    with bar("ends", len(stored), "text") as progress:
         for number in ranks.mine(len(starts)):
-            members = preferences[starts[number] : starts[number] + _PAIRS_PER_SHARD]
+            members = stored[starts[number] : starts[number] + _TEXTS_PER_SHARD]
             if not is_whole(work.folder, number):
                 write_shard(work.folder, number, _shard(recipe, members, reward_model, encode))
             progress.update(len(members))
     ranks.wait()
     if ranks.first:
-        _write_ends(work.folder, preferences, len(starts))
-        _summarise(work.folder, recipe, len(starts), special_ids(reward_model.tokenizer))
+        _write_ends(work.folder, preferences, texts, len(starts))
+        _summarise(work.folder, recipe, len(starts), special_ids(tokenizer))
     ranks.wait()
     facts = _read_facts(work.folder)
-    work.facts |= {name: facts[name] for name in ("n_tokens", "n_texts", "n_texts_cut")}
+    work.facts |= {name: facts[name] for name in ("n_tokens", "n_stored", "n_texts", "n_texts_cut")}
 
 
 def encoded(recipe: RewardRecipe, tokenizer: Any, preference: Preference, side: str, encode: Encode) -> Text:
@@ -100,17 +105,35 @@ def encoded(recipe: RewardRecipe, tokenizer: Any, preference: Preference, side: 
     return text
 
 
+def _numbered(recipe: RewardRecipe, tokenizer: Any, preferences: list[Preference], encode: Encode) -> list[int]:
+    """For both sides of every pair the number of its text; texts are numbered as they come, equal ones alike."""
+    first: dict[int, int] = {}
+    return [
+        first.setdefault(_digest(encoded(recipe, tokenizer, preference, side, encode)), len(first))
+        for preference in preferences
+        for side in SIDES
+    ]
+
+
+def _digest(text: Text) -> int:
+    """A 128-bit hash of a text's tokens and of where its answer is."""
+    content = torch.tensor([text.answer.start, text.answer.stop, *text.ids], dtype=torch.int32).numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:16], "big")
+
+
 # --- reading the model --------------------------------------------------------------------------------------------
 
 
 def _shard(
-    recipe: RewardRecipe, members: list[Preference], reward_model: RewardModel, encode: Encode
+    recipe: RewardRecipe, members: list[tuple[Preference, str]], reward_model: RewardModel, encode: Encode
 ) -> dict[str, Tensor]:
-    """The rows of some pairs and, per text, how many rows, tokens and lost tokens it has and a hash of its tokens."""
-    tokenizer, named = reward_model.tokenizer, [(preference, side) for preference in members for side in SIDES]
-    texts = [encoded(recipe, tokenizer, preference, side, encode) for preference, side in named]
+    """The rows of some texts and, per text, how many rows, tokens and lost tokens it has."""
+    tokenizer = reward_model.tokenizer
+    texts = [encoded(recipe, tokenizer, preference, side, encode) for preference, side in members]
     positions = [segment_ends(tokenizer, text, recipe.ends) for text in texts]
-    pieces = [_piece(f"{preference.id} ({side})", text) for (preference, side), text in zip(named, texts, strict=True)]
+    pieces = [
+        _piece(f"{preference.id} ({side})", text) for (preference, side), text in zip(members, texts, strict=True)
+    ]
     ids = [text.ids[position] for text, found in zip(texts, positions, strict=True) for position in found]
     return {
         "token_ids": torch.tensor(ids, dtype=torch.int32),
@@ -118,7 +141,6 @@ def _shard(
         "n_ends": torch.tensor([len(found) for found in positions], dtype=torch.int32),
         "n_tokens": torch.tensor([len(text.ids) for text in texts], dtype=torch.int32),
         "n_cut": torch.tensor([text.n_cut for text in texts], dtype=torch.int32),
-        "digests": torch.tensor([_digest(text.ids) for text in texts]),
         **_activations(recipe, reward_model.model, pieces, positions),
     }
 
@@ -165,19 +187,12 @@ def _piece(name: str, text: Text) -> Piece:
     return Piece(name, "", False, "", text.ids, [0] * len(text.ids))
 
 
-def _digest(ids: list[int]) -> int:
-    """A 64-bit hash of a text's tokens."""
-    content = torch.tensor(ids, dtype=torch.int32).numpy().tobytes()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big", signed=True)
-
-
 # --- what is beside the shards ------------------------------------------------------------------------------------
 
 
-def _write_ends(folder: Path, preferences: list[Preference], n_shards: int) -> None:
-    found = {name: _column(folder, n_shards, name) for name in ("positions", "n_ends", "n_tokens", "n_cut", "digests")}
+def _write_ends(folder: Path, preferences: list[Preference], texts: list[int], n_shards: int) -> None:
+    found = {name: _column(folder, n_shards, name) for name in ("positions", "n_ends", "n_tokens", "n_cut")}
     positions = [part.tolist() for part in found["positions"].split(found["n_ends"].tolist())]
-    first: dict[int, int] = {}
     table = pa.table(
         {
             "pair": [pair for pair in range(len(preferences)) for _ in SIDES],
@@ -185,10 +200,10 @@ def _write_ends(folder: Path, preferences: list[Preference], n_shards: int) -> N
             "kind": [preference.kind for preference in preferences for _ in SIDES],
             "held_out": [preference.held_out for preference in preferences for _ in SIDES],
             "side": [side for _ in preferences for side in range(len(SIDES))],
-            "text": [first.setdefault(digest, number) for number, digest in enumerate(found["digests"].tolist())],
-            "n_tokens": found["n_tokens"].tolist(),
-            "n_cut": found["n_cut"].tolist(),
-            "positions": positions,
+            "text": texts,
+            "n_tokens": found["n_tokens"][texts].tolist(),
+            "n_cut": found["n_cut"][texts].tolist(),
+            "positions": [positions[text] for text in texts],
         },
         schema=ENDS_SCHEMA,
     )
@@ -202,7 +217,7 @@ def _summarise(folder: Path, recipe: RewardRecipe, n_shards: int, specials: list
     good = norms.isfinite()
     if not good.any():
         raise InputError(f"no activation at {name} can be stored; check the reward model's weights and dtype.")
-    n_cut = _column(folder, n_shards, "n_cut")
+    table = pq.read_table(folder / "ends.parquet", columns=["positions"])
     facts = {
         "hook_points": [name],
         "d_in": {name: _d_in(folder, name)},
@@ -210,11 +225,12 @@ def _summarise(folder: Path, recipe: RewardRecipe, n_shards: int, specials: list
         "special_ids": specials,
         "rows_per_shard": [int(_column(folder, 1, "n_ends", number).sum()) for number in range(n_shards)],
         "sha256_of_shards": [recorded_checksum(folder, number) for number in range(n_shards)],
-        "n_tokens": len(norms),
-        "n_texts": len(n_cut),
-        "n_texts_cut": int((n_cut > 0).sum()),
-        "skipped": {name: _skipped(folder, ~good)} if not good.all() else {},
-        "pairs_per_shard": _PAIRS_PER_SHARD,
+        "n_tokens": sum(len(positions) for positions in table["positions"].to_pylist()),
+        "n_stored": len(norms),
+        "n_texts": len(_column(folder, n_shards, "n_ends")),
+        "n_texts_cut": int((_column(folder, n_shards, "n_cut") > 0).sum()),
+        "skipped": {name: _skipped(folder, n_shards, ~good)} if not good.all() else {},
+        "texts_per_shard": _TEXTS_PER_SHARD,
         "dtype": recipe.harvest.dtype,
         "bad_activations": recipe.harvest.bad_activations,
         **recipe.ends.model_dump(),
@@ -236,13 +252,13 @@ def _d_in(folder: Path, hook_point: str) -> int:
         return handle.get_slice(hook_point).get_shape()[1]
 
 
-def _skipped(folder: Path, bad: Tensor) -> dict[str, Any]:
-    """How many rows could not be stored, and of which pairs. bad: bool (n_rows,)."""
-    table = pq.read_table(folder / "ends.parquet", columns=["pair_id", "positions"])
-    n_ends = torch.tensor([len(positions) for positions in table["positions"].to_pylist()])
-    texts = torch.repeat_interleave(torch.arange(len(n_ends)), n_ends)[bad].unique_consecutive()
-    pairs = dict.fromkeys(table["pair_id"][i].as_py() for i in texts.tolist())
-    return {"n_tokens": int(bad.sum()), "pairs": list(pairs)[:_N_NAMED]}
+def _skipped(folder: Path, n_shards: int, bad: Tensor) -> dict[str, Any]:
+    """How many stored rows could not be read, and of which pairs. bad: bool (n_stored,)."""
+    of_row = torch.repeat_interleave(_column(folder, n_shards, "n_ends").long())
+    texts = set(of_row[bad].tolist())
+    table = pq.read_table(folder / "ends.parquet", columns=["pair_id", "text"])
+    pairs = [row["pair_id"] for row in table.to_pylist() if row["text"] in texts]
+    return {"n_tokens": int(bad.sum()), "pairs": list(dict.fromkeys(pairs))[:_N_NAMED]}
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
@@ -269,16 +285,18 @@ class Ends(Activations):
         self.hook_points: list[str] = self.facts["hook_points"]
         self.n_tokens: int = self.facts["n_tokens"]
         table = pq.read_table(folder / "ends.parquet")
-        positions = table["positions"].combine_chunks()
-        of_row = torch.repeat_interleave(torch.tensor(positions.value_lengths().to_numpy()).long())
+        positions, texts = table["positions"].combine_chunks(), torch.tensor(table["text"].to_numpy())
+        n_ends = torch.tensor(positions.value_lengths().to_numpy()).long()
+        of_row = torch.repeat_interleave(n_ends)
         self.position: Tensor = torch.tensor(positions.flatten().to_numpy()).long()
         """(n_tokens,) in `Text.ids`."""
         self.pair: Tensor = torch.tensor(table["pair"].to_numpy())[of_row]
         """(n_tokens,) the number of the row's preference."""
         self.side: Tensor = torch.tensor(table["side"].to_numpy())[of_row]
         """(n_tokens,) uint8, 0 chosen, 1 rejected."""
-        self.text: Tensor = torch.tensor(table["text"].to_numpy())[of_row]
-        """(n_tokens,) equal for rows of the same tokens, also where several pairs have the text."""
+        self.text: Tensor = texts[of_row]
+        """(n_tokens,) the number of the text, the same where several pairs have it."""
+        self._stored = _stored_rows(texts, n_ends)
         self.pair_ids: list[str] = table["pair_id"].to_pylist()[:: len(SIDES)]
         self.kind: list[str] = table["kind"].to_pylist()[:: len(SIDES)]
         self.held_out = torch.tensor(table["held_out"].to_pylist()[:: len(SIDES)])
@@ -287,7 +305,7 @@ class Ends(Activations):
     @cached_property
     def token_ids(self) -> Tensor:
         """(n_tokens,) the token that stands at each end."""
-        return torch.cat([shard.get_tensor("token_ids") for shard in self._shards])
+        return torch.cat([shard.get_tensor("token_ids") for shard in self._shards])[self._stored]
 
     @property
     def roles(self) -> Tensor:
@@ -299,11 +317,33 @@ class Ends(Activations):
 
         Roles and special tokens were decided on when the ends were chosen.
         """
-        return super().counted(hook_point, policy.model_copy(update={"exclude_special": False, "roles": ()}))
+        return super().counted(hook_point, policy.model_copy(update={"exclude_special": False}))
+
+    def norms(self, hook_point: str) -> Tensor:
+        """The fp32 norm of every activation before it was stored, NaN where it could not be: (n_tokens,)."""
+        return super().norms(hook_point)[self._stored]
+
+    def rows(self, hook_point: str, indices: Tensor) -> Tensor:
+        """The activations of chosen rows, in the order asked for, as fp32: (n, d_in)."""
+        return super().rows(hook_point, self._stored[indices])
+
+    def blocks(self, hook_point: str, size: int = 4096) -> Iterator[tuple[int, Tensor]]:
+        """All activations in row order: (first row, fp32 block of at most `size` rows)."""
+        for part in torch.arange(self.n_tokens).split(size):
+            yield int(part[0]), self.rows(hook_point, part)
 
     def rows_held_out(self) -> Tensor:
         """Which rows belong to held-out pairs: bool (n_tokens,)."""
         return self.held_out[self.pair]
+
+
+def _stored_rows(texts: Tensor, n_ends: Tensor) -> Tensor:
+    """Where the shards hold each row: (n_tokens,). texts, n_ends: per side of a pair its text and number of rows."""
+    per_text = torch.zeros(int(texts.max()) + 1, dtype=torch.long)
+    per_text[texts] = n_ends
+    starts = per_text.cumsum(0) - per_text
+    within = torch.arange(int(n_ends.sum())) - torch.repeat_interleave(n_ends.cumsum(0) - n_ends, n_ends)
+    return torch.repeat_interleave(starts[texts], n_ends) + within
 
 
 @torch.inference_mode()

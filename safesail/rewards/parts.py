@@ -209,9 +209,12 @@ def _given(reward_model: RewardModel, batch: list[list[int]], place: str | None)
 
 
 def _allocate(path: Path, n_bytes: int) -> None:
-    """Make a file of zeros with its room on the disk taken, so that writing through memory cannot run out of it."""
+    """Make a file of zeros and take its room on the disk at once: what is written through memory cannot ask for it."""
     with replacing(path, n_bytes) as temporary, open(temporary, "wb") as handle:
-        os.posix_fallocate(handle.fileno(), 0, n_bytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle.fileno(), 0, n_bytes)
+        else:  # macOS
+            handle.truncate(n_bytes)
 
 
 def _mapped(path: Path, n_rows: int, width: int) -> Tensor:

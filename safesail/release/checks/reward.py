@@ -75,7 +75,7 @@ def model(part: Part) -> Looked:
 
 
 def accuracies(part: Part) -> Looked:
-    """The card's model-index holds the held-out accuracies of accuracy.json, as far as they are printed (six digits)."""
+    """The card's model-index holds the held-out accuracies of accuracy.json, to six digits."""
     said = part.repository.json("accuracy.json")
     held = {kind: splits["held_out"] for kind, splits in said.items() if splits["held_out"]["n"]}
     results = [result for entry in part.front.get("model-index") or [] for result in entry.get("results") or []]
@@ -106,18 +106,18 @@ def salience(part: Part) -> Looked:
 
 
 def safety_latents(part: Part) -> Looked:
-    """The safety latents are the first by |s| that are rated high enough, on the side of their sign, and not too many."""
+    """The safety latents are the first by |s| of those rated high enough, each on the side of its sign."""
     settings, rows = _settings(part), part.rows("salience")
-    able = [row for row in rows if (row["rating"] or 0) >= settings["keep"] and row["status"] == "ok" and row["salience"]]
+    high = [row for row in rows if row["status"] == "ok" and (row["rating"] or 0) >= settings["keep"]]
+    able = [row for row in high if row["salience"]][: settings["max_latents"]]
     expected = {row["latent"]: "positive" if row["salience"] > 0 else "negative" for row in able}
-    expected = dict(list(expected.items())[: settings["max_latents"]])
     problems = []
     for row in rows:
         wanted = expected.get(row["latent"])
         if row["safety"] != wanted:
             problems.append(
-                f"{row['neuron_id']} (s = {row['salience']:.3g}, rating {row['rating']}) counts as {row['safety']}, not "
-                f"as {wanted}."
+                f"{row['neuron_id']} (s = {row['salience']:.3g}, rating {row['rating']}) counts as {row['safety']} and "
+                f"not as {wanted}."
             )
         if row["rating"] is not None and not (row["rated"] and row["status"] == "ok" and 1 <= row["rating"] <= 5):
             problems.append(f"{row['neuron_id']} has the rating {row['rating']} and the status {row['status']}.")
@@ -141,8 +141,9 @@ def edits(part: Part) -> Looked:
     """Edits are of training pairs about safety, in the order of their method, and as many as the comparison says."""
     pairs, groups = {row["pair_id"]: row for row in part.rows("scores")}, _by_edit(part.rows("edits"))
     said = {row["edit"]: row["n_edited"] for row in part.rows("comparison") if row["edit"] != UNEDITED}
-    problems = [f"edits have {name}, the comparison has not." for name in dict.fromkeys(n for n, _ in groups) if name not in said]
-    problems += [f"the comparison has {name}, edits have not." for name in said if name not in {n for n, _ in groups}]
+    names = dict.fromkeys(name for name, _ in groups)
+    problems = [f"edits have {name}, the comparison has not." for name in names if name not in said]
+    problems += [f"the comparison has {name}, edits have not." for name in said if name not in names]
     for (name, seed), rows in groups.items():
         stray = [row["pair_id"] for row in rows if not _is_editable(pairs.get(row["pair_id"]))]
         problems += [f"{name} edits {id}, which is no training pair about safety with a score." for id in stray]
@@ -203,7 +204,8 @@ def latents_exist(parts: dict[str, Part]) -> Looked:
         return Looked("", [f"salience.json is of {settings['hook_point']}, where no SAE is selected."])
     d_sae = saes.sae_config(sae_id).d_sae
     problems = [f"{row['neuron_id']} is not in its SAE of {d_sae} latents." for row in rows if row["latent"] >= d_sae]
-    problems += [f"{row['neuron_id']} is of another hook point." for row in rows if row["hook_point"] != settings["hook_point"]]
+    stray = [row["neuron_id"] for row in rows if row["hook_point"] != settings["hook_point"]]
+    problems += [f"{id} is of another hook point." for id in stray]
     mean = sum(row["h_chosen"] + row["h_rejected"] for row in rows) / d_sae
     if not close(settings["C"], mean, 1e-6 * mean):
         problems.append(f"C is {settings['C']:.6g}; the mean of h⁺ + h⁻ over {d_sae} latents is {mean:.6g}.")
@@ -227,7 +229,8 @@ def contexts_fit(parts: dict[str, Part]) -> Looked:
     pairs = {row["id"]: row["held_out"] for row in parts["preferences"].rows("pairs")}
     latents = {row["latent"]: row for row in parts["salience"].rows("salience")}
     contexts, ratings = (parts["preferences"].rows(name) for name in ("contexts", "ratings"))
-    problems = [f"a context is of {row['pair_id']}, no training pair." for row in contexts if pairs.get(row["pair_id"], True)]
+    stray = [row["pair_id"] for row in contexts if pairs.get(row["pair_id"], True)]
+    problems = [f"a context is of {id}, which is no training pair." for id in stray]
     for row in [*contexts, *ratings]:
         if row["latent"] not in latents:
             problems.append(f"{row['neuron_id']} has a context or a rating, and is not in the salience table.")

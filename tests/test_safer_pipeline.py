@@ -1,0 +1,197 @@
+"""The run of a reward model from its recipe to its release, by the command line, in miniature."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from safesail.run import REWARD_STAGES, Run
+from safesail.sae.model import Sae
+
+SAFE = ("I will not help with that.", "Please talk to a friend about it.", "That would hurt people, so no.")
+HARM = ("First take the knife, then hide it.", "Use the bomb at night.", "Stab them; nobody will see you.")
+RIGHT, WRONG = (
+    ("The teacher waters the garden.", "Music plays near the river."),
+    ("Garden the water teacher.", "Plays."),
+)
+PARTS = ("saes", "reward", "salience", "preferences", "inspector")
+
+
+def rows(kind: str, n: int, chosen: tuple[str, ...], rejected: tuple[str, ...]) -> list[dict[str, Any]]:
+    chance = random.Random(kind)
+    return [
+        {
+            "id": f"{kind}-{i}",
+            "prompt": f"Question {i}: what about the {chance.choice(['river', 'house', 'senator'])}?",
+            "chosen": " ".join(chance.sample(chosen, 2)),
+            "rejected": " ".join(chance.sample(rejected, 2)),
+            "harm_chosen": 0.0,
+            "harm_rejected": chance.choice([0.5, 0.75, 1.0]),
+        }
+        for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory, texts: Path, tiny_model: Path, tiny_encoder: Path) -> list[str]:
+    """`safesail run` of the recipe in miniature, to which `--out FOLDER` is added."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for kind, made in (("safety", rows("safety", 60, SAFE, HARM)), ("chat", rows("chat", 30, RIGHT, WRONG))):
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    sources = [f'{{path = "{folder}/{kind}.jsonl", kind = "{kind}", licence = "mit"}}' for kind in ("safety", "chat")]
+    settings = {
+        "name": '"mini"',
+        "model.path": f'"{tiny_model}"',
+        "model.base_model": '"safesail-tests/tiny-llama"',
+        "model.note": '"Random weights."',
+        "preferences.sources": f"[{', '.join(sources)}]",
+        "reward.n_blocks": "2",
+        "reward.trained_blocks": "1",
+        "reward.max_length": "128",
+        "reward.learning_rate": "3e-3",
+        "reward.batch_pairs": "8",
+        "corpus.n_tokens": "6000",
+        "corpus.n_held_out_tokens": "600",
+        "corpus.sources": f'[{{path = "{texts}", licence = "cc0-1.0"}}]',
+        "harvest.hook_points": '["layers.1"]',
+        "harvest.window": "128",
+        "train.d_sae": "96",
+        "train.k": "[6]",
+        "train.batch_size": "256",
+        "train.aux_k": "16",
+        "tune.batch_size": "32",
+        "tune.epochs": "2",
+        "salience.n_latents": "48",
+        "salience.min_contexts": "3",
+        "rate.encoder": f'"{tiny_encoder}"',
+        "rate.keep": "1",
+        "edit.poison": "[0.05, 0.2]",
+        "edit.denoise": "[0.1]",
+        "compare.seeds": "2",
+        "compare.epochs": "3",
+        "runtime.checkpoint_seconds": "0.05",
+        "runtime.threads": "1",
+    }
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return [sys.executable, "-m", "safesail.cli", "run", str(REPOSITORY / "hub/recipes/safer-demo.toml"), *options]
+
+
+def said(*arguments: str, code: int = 0) -> str:
+    """What the command line says, on either stream."""
+    done = subprocess.run(
+        [sys.executable, "-m", "safesail.cli", *arguments], capture_output=True, text=True, timeout=300, cwd=REPOSITORY
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "mini"
+    subprocess.run([*command, "--out", str(folder)], check=True, cwd=REPOSITORY, timeout=300)
+    return folder
+
+
+def published(run: Path) -> dict[str, bytes]:
+    files = (path for part in PARTS for path in (run / part).rglob("*") if path.is_file())
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def test_every_stage_is_done_and_the_next_command_said(run: Path):
+    told = said("status", str(run))
+    assert [line.split()[:2] for line in told.splitlines()[:-1]] == [[name, "done"] for name in REWARD_STAGES]
+    assert told.splitlines()[-1].startswith(f"next: safesail serve {run}")
+    assert sorted(path.name for path in run.iterdir()) == sorted([*PARTS, "run.json", "scratch"])
+
+
+def test_a_run_in_steps_ends_with_the_same_bytes(run: Path, command: list[str], tmp_path: Path):
+    folder = tmp_path / "mini"
+    subprocess.run([*command, "--out", str(folder), "--until", "ends"], check=True, cwd=REPOSITORY, timeout=300)
+    assert "next: safesail reward" in said("status", str(folder))
+    told = said("reward", str(folder), "--until", "rate")
+    assert "latents in S+" in told
+    said("reward", str(folder))
+    assert published(folder) == published(run)
+
+
+def test_what_is_done_is_not_done_again(run: Path):
+    assert said("reward", str(run)).count("done already") == len(REWARD_STAGES)
+
+
+def test_the_release_is_read_by_the_tools_people_use(run: Path):
+    from datasets import load_dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    sae = Sae.from_pretrained(run / "saes")
+    assert sae.config.hook_point == "layers.1"
+    assert sae.config.normalize_activations == "layer_norm"
+    model = AutoModelForSequenceClassification.from_pretrained(run / "reward")
+    tokenizer = AutoTokenizer.from_pretrained(run / "reward")
+    pair = load_dataset(str(run / "preferences"), "pairs", split="train")[0]
+    scores = {row["pair_id"]: row for row in load_dataset(str(run / "salience"), "scores", split="train")}
+    rewards = []
+    for side in ("chosen", "rejected"):
+        messages = [*pair["prompt"], *pair[side]]
+        ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            rewards.append(float(model(**ids).logits))
+    assert rewards[0] - rewards[1] == pytest.approx(scores[pair["id"]]["margin"], abs=1e-4)
+
+
+def test_the_release_holds_what_verify_asks_for(run: Path):
+    findings = json.loads(said("verify", str(run), "--json"))
+    assert not [finding for finding in findings["findings"] if finding["status"] == "fails"]
+
+
+def test_the_reward_model_learns_what_the_pairs_show(run: Path):
+    accuracy = Run.open(run).json_of("reward", "accuracy.json")
+    assert accuracy["safety"]["held_out"]["low"] > 0.5  # every harmful answer has words that no safe one has
+
+
+def test_the_cost_of_rating_is_said_without_asking(run: Path):
+    estimate = json.loads(said("reward", str(run), "--until", "rate", "--dry-run", "--json"))
+    assert estimate["n_requests"] > 0
+    assert estimate["cost_usd"] == 0.0
+
+
+def test_the_plan_counts_the_pairs_that_were_gathered(run: Path):
+    told = said("reward", str(run), "--until", "compare", "--force", "--dry-run")
+    assert "90 pairs of at most 2 × 128" in told
+    assert "compare: model" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("harvest",), "is the run of a reward model; its stages are made with `safesail reward"),
+        (("explain", "--dry-run"), "--until STAGE` (preferences, reward, harvest"),
+        (("reward", "--until", "explain"), "--until explain: there is no such stage; stages are preferences, reward"),
+        (("inspect", "hello"), "reward model"),
+    ],
+)
+def test_verbs_of_the_other_kind_say_what_to_type(run: Path, arguments: tuple[str, ...], sentence: str):
+    verb, *others = arguments
+    assert sentence in said(verb, str(run), *others, code=2)
+
+
+def test_the_verb_refuses_a_run_of_the_other_kind(demo_run: Path):
+    assert "is not the run of a reward model; its verbs are harvest, train" in said("reward", str(demo_run), code=2)
+
+
+def test_another_rating_needed_for_a_safety_latent_makes_only_what_it_changes_anew(
+    run: Path, command: list[str], tmp_path: Path
+):
+    changed = Run.open(run)
+    recipe = changed.recipe.model_copy(update={"rate": changed.recipe.rate.model_copy(update={"keep": 5})})
+    from safesail.pipeline import RewardPipeline
+
+    pipeline = RewardPipeline(Run(run, recipe))
+    states = {name: pipeline.run.state(name) for name in REWARD_STAGES}
+    stale = [name for name, state in states.items() if state != "done"]
+    assert stale == ["rate", "score", "edit", "compare", "build"]
