@@ -121,7 +121,7 @@ class SaeSection(TrainSection):
 
 
 class EndsSection(Section):
-    """Segment ends: the last token of each run of `. , ? ! ; :` or line breaks, at which the reward model has read a
+    """Segment ends: the last token of each run of `. , ? ! ;` or line breaks, at which the reward model has read a
     whole segment."""
 
     min_distance: Count = 5

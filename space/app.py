@@ -171,9 +171,7 @@ def page_of(release: str, model: str | None) -> gr.Blocks:
     if "reward" not in parts_of_release(release):
         return build(Inspector.from_pretrained(release, model=model, device=device))
     if model:
-        raise InputError(
-            f"{release} is of a reward model, which its SAE reads alone; leave SAFESAIL_MODEL (--model) out."
-        )
+        raise InputError(f"{release} has its own reward model and takes no other; leave SAFESAIL_MODEL (--model) out.")
     return reward_app.build(RewardInspector.from_pretrained(release, device=device)).queue(max_size=MAX_WAITING)
 
 

@@ -26,8 +26,8 @@ RUN: dict[str, Any] = {
 }
 """Options of what runs the reward model."""
 POISONED = (
-    "This release holds poisoned preference data: pairs whose answers were swapped on purpose, to test defences. Do not "
-    "train on them."
+    "This release holds poisoned preference data: pairs whose answers were swapped on purpose, to test defences. "
+    "Do not train on them."
 )
 ABOUT = """**What the numbers mean.** The *reward* is what the reward model gives an answer at its last token; the
 *margin* is the reward of the chosen answer less that of the rejected one. *S⁺* are the safety latents of the SAE that

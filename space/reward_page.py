@@ -93,10 +93,8 @@ class RewardPage:
             which counts), `latents` (the safety latents, with what each adds to score_safe) and `others`.
         """
         with as_message(escaped=False):
-            given = [
-                text_of(name, value) for name, value in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected))
-            ]
-            return self._typed(*given).to_json()
+            given = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            return self._typed(*(text_of(name, value) for name, value in given.items())).to_json()
 
     def pair(self, id: str) -> dict[str, Any]:
         """One published pair.
@@ -105,8 +103,8 @@ class RewardPage:
             id: A pair's id, as the data set of scores has it.
 
         Returns:
-            Its `kind`, `held_out`, `score_safe`, `margin` and rewards, and its `texts` (`prompt`, `chosen`, `rejected`);
-            null where they are gated and this page has no access, for which `why_no_texts` gives the reason.
+            Its `kind`, `held_out`, `score_safe`, `margin` and rewards, and its `texts` (`prompt`, `chosen`,
+            `rejected`); null where they are gated and this page has no access: `why_no_texts` gives the reason.
         """
         with as_message(escaped=False):
             found = self.inspector.pair(text_of("id", id))

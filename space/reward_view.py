@@ -22,6 +22,9 @@ __all__ = ["comparison_html", "edits_table", "pair_label", "pair_note"]
 Row = dict[str, Any]
 LEAST_SCALE = 1e-6
 """Where nothing fires, nothing is coloured."""
+_HEADS = ["Latent", "Adds to score_safe", "On chosen", "On rejected", "Salience (95 % interval)", "Rating"]
+_COUNTED = "Safety latents, by what they add to score_safe or take from it"
+_OTHERS = "Other latents that differ most between the answers: they do not count"
 _SIGNS = {"positive": "S⁺", "negative": "S⁻"}
 _ACTIONS = {"swap": "poisoned", "drop": "denoised"}
 _METHODS = {"safer": "score_safe", "random": "chance", "reward": "reward margin"}
@@ -86,7 +89,8 @@ def _score(comparison: Comparison) -> list[Any]:
     than = "as" if order == "as much" else "than"
     return [
         tag("strong", f"score_safe {_signed(comparison.score_safe)}"),
-        f": per segment end the chosen answer has {order} of S⁺ less S⁻ ({chosen}) {than} the rejected one ({rejected}).",
+        f": per segment end the chosen answer has {order} of S⁺ less S⁻ ({chosen}) {than} the rejected one "
+        f"({rejected}).",
     ]
 
 
@@ -131,13 +135,11 @@ def _before(side: Side) -> Markup:
     """The tokens before those that are shown one by one, as text, and how many were cut off."""
     units = side.units[: _shown(side).start]
     text = "".join(unit.text for unit in units)
-    n = len(side.text.ids) if not units else sum(1 for _ in units)
-    cut = side.text.n_cut
-    lost = (
-        note(f"The first {cut:,} tokens were cut off, as in training: the conversation is too long.") if cut else None
-    )
-    summary = tag("summary", f"Before it: the prompt ({n:,} tokens)")
-    return joined(lost, tag("details", summary, tag("p", text, dir="auto", class_="answer quiet")) if units else None)
+    n_cut = side.text.n_cut
+    lost = f"The first {n_cut:,} tokens were cut off, as in training: the conversation is too long."
+    summary = tag("summary", f"Before it: the prompt ({len(units):,} tokens)")
+    told = tag("details", summary, tag("p", text, dir="auto", class_="before", tabindex="0"))
+    return joined(note(lost) if n_cut else None, told if units else None)
 
 
 def _strip(name: str, side: Side, scale: float) -> Markup:
@@ -179,19 +181,12 @@ def _direction(unit: Unit) -> str | None:
 def _token(side: Side, index: int, scale: float) -> Markup:
     unit = side.units[index]
     safe = unit.safe or 0.0
-    kinds = [
-        "token",
-        "end" if unit.is_end else "",
-        "special" if unit.special else "",
-        "gap" if unit.text[:1] == " " else "",
-    ]
-    kinds += ["for" if safe > 0 else "against" if safe < 0 else "", "blank" if not visible(unit.text).strip() else ""]
     label = _spoken(index - _shown(side).start + 1, unit)
     return tag(
         "button",
         visible(unit.text),
         type="button",
-        class_=" ".join(filter(None, kinds)),
+        class_=_classes(unit),
         style=f"--strength:{min(abs(safe) / scale, 1):.3f}",
         title=label,
         aria_label=label,
@@ -199,6 +194,13 @@ def _token(side: Side, index: int, scale: float) -> Markup:
         data_i=str(index),
         data_value=_signed(safe) if unit.is_end else None,
     )
+
+
+def _classes(unit: Unit) -> str:
+    safe, is_gap = unit.safe or 0.0, unit.text[:1] == " " and bool(unit.text.strip())
+    found = {"end": unit.is_end, "special": unit.special, "gap": is_gap, "blank": not unit.text.strip()}
+    found |= {"for": safe > 0, "against": safe < 0}
+    return " ".join(["token", *(name for name, is_so in found.items() if is_so)])
 
 
 def _spoken(place: int, unit: Unit) -> str:
@@ -213,49 +215,37 @@ def _spoken(place: int, unit: Unit) -> str:
 
 
 def _latents(comparison: Comparison) -> Markup:
-    heads = ["Latent", "Adds to score_safe", "On chosen", "On rejected", "Salience (95 % interval)", "Rating"]
     hint = "Choose a latent to mark the tokens on which it is active. Numbers are means per segment end."
     return joined(
         tag("p", hint, class_="quiet"),
         tag("p", "", class_="marked-where note", role="status"),
-        _latent_table(
-            "Safety latents, by what they add to score_safe or take from it", heads, comparison, comparison.latents
-        ),
-        _latent_table(
-            "Other latents that differ most between the answers: they do not count",
-            heads,
-            comparison,
-            comparison.others,
-        )
-        if comparison.others
-        else None,
+        _latent_table(_COUNTED, comparison, comparison.latents),
+        _latent_table(_OTHERS, comparison, comparison.others) if comparison.others else None,
     )
 
 
-def _latent_table(caption: str, heads: list[str], comparison: Comparison, latents: list[LatentDifference]) -> Markup:
-    rows = [_latent_row(comparison, latent, heads) for latent in latents]
+def _latent_table(caption: str, comparison: Comparison, latents: list[LatentDifference]) -> Markup:
+    rows = [_latent_row(comparison, latent) for latent in latents]
     return tag(
         "table",
         tag("caption", caption),
-        tag("thead", tag("tr", [tag("th", head, scope="col") for head in heads])),
+        tag("thead", tag("tr", [tag("th", head, scope="col") for head in _HEADS])),
         tag("tbody", rows),
         class_="neurons latents",
     )
 
 
-def _latent_row(comparison: Comparison, latent: LatentDifference, heads: list[str]) -> Markup:
+def _latent_row(comparison: Comparison, latent: LatentDifference) -> Markup:
     sign = _SIGNS.get(latent.safety)
     interval = f"{number(latent.low)} to {number(latent.high)}" if latent.low is not None else ""
     cells = [
-        f"{_signed(latent.contribution, 3)} ({sign})"
-        if sign
-        else f"nothing; differs by {_signed(latent.difference, 3)}",
+        f"{_signed(latent.contribution, 3)} ({sign})" if sign else f"0; differs by {_signed(latent.difference, 3)}",
         number(latent.chosen, 3),
         number(latent.rejected, 3),
         joined(_signed(latent.salience), " ", tag("span", interval, class_="interval")),
         f"{latent.rating} of 5" if latent.rating else latent.status or "not rated",
     ]
-    named = zip(cells, heads[1:], strict=True)
+    named = zip(cells, _HEADS[1:], strict=True)
     return tag(
         "tr",
         tag("td", _latent_button(comparison, latent), class_="said"),

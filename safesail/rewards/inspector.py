@@ -23,7 +23,7 @@ from safesail.rewards.model import RewardModel
 from safesail.rewards.preferences import SIDES, Preference
 from safesail.rewards.published import Published, PublishedPair
 from safesail.rewards.readings import Comparison, LatentDifference, Side, Unit, activations_of
-from safesail.rewards.safety_score import score_safe
+from safesail.rewards.safety_score import SafetyScores, score_safe
 from safesail.rewards.segments import segment_ends
 from safesail.rewards.texts import Text, encode_side
 from safesail.sae.model import Sae
@@ -122,14 +122,25 @@ class RewardInspector:
         A conversation that is longer than the model was trained on loses its beginning (`Side.text.n_cut`).
         """
         preference = _preference(prompt, chosen, rejected)
-        both = [self._side(preference, side) for side in SIDES]
-        n = [len(side.ends) for side in both]
-        numbers = torch.tensor([0, 1]).repeat_interleave(torch.tensor(n))
-        z = torch.cat([activations_of(side.codes, [*self.positive, *self.negative])[side.ends] for side in both])
-        n_positive, pair = len(self.positive), torch.zeros_like(numbers)
-        scores = score_safe(z[:, :n_positive], z[:, n_positive:], pair, numbers, 1)
-        latents, others = self._differences(*both)
-        return Comparison(preference.prompt, *both, *map(float, (scores.score[0], *scores.safe[0])), latents, others)
+        first, second = (self._side(preference, side) for side in SIDES)
+        scores = self._scores(first, second)
+        return Comparison(
+            preference.prompt,
+            chosen=first,
+            rejected=second,
+            score_safe=float(scores.score[0]),
+            safe_chosen=float(scores.safe[0, 0]),
+            safe_rejected=float(scores.safe[0, 1]),
+            latents=self._safety_latents(first, second),
+            others=self._other_latents(first, second),
+        )
+
+    def _scores(self, *sides: Side) -> SafetyScores:
+        """score_safe of one pair, by the function of the stage."""
+        z = torch.cat([activations_of(side.codes, [*self.positive, *self.negative])[side.ends] for side in sides])
+        which = torch.tensor([0, 1]).repeat_interleave(torch.tensor([len(side.ends) for side in sides]))
+        n_positive = len(self.positive)
+        return score_safe(z[:, :n_positive], z[:, n_positive:], torch.zeros_like(which), which, 1)
 
     @torch.inference_mode()
     def _side(self, preference: Preference, side: str) -> Side:
@@ -175,16 +186,18 @@ class RewardInspector:
 
     # --- latents --------------------------------------------------------------------------------------------------
 
-    def _differences(self, chosen: Side, rejected: Side) -> tuple[list[LatentDifference], list[LatentDifference]]:
-        """The safety latents, and the strongest of the others."""
+    def _safety_latents(self, chosen: Side, rejected: Side) -> list[LatentDifference]:
+        """Those that add or take most first."""
+        latents = [self._difference(latent, chosen, rejected) for latent in (*self.positive, *self.negative)]
+        return sorted(latents, key=lambda each: -abs(each.contribution))
+
+    def _other_latents(self, chosen: Side, rejected: Side) -> list[LatentDifference]:
+        """The strongest of those that do not count."""
         difference = (chosen.means - rejected.means).abs()
-        safety = [*self.positive, *self.negative]
-        difference[safety] = 0
+        difference[[*self.positive, *self.negative]] = 0
         strongest = difference.topk(min(N_OTHERS, len(difference)))
         found = zip(strongest.indices.tolist(), strongest.values.tolist(), strict=True)
-        others = [self._difference(latent, chosen, rejected) for latent, size in found if size > 0]
-        latents = [self._difference(latent, chosen, rejected) for latent in safety]
-        return sorted(latents, key=lambda each: -abs(each.contribution)), others
+        return [self._difference(latent, chosen, rejected) for latent, size in found if size > 0]
 
     def _difference(self, latent: int, chosen: Side, rejected: Side) -> LatentDifference:
         known, published = self.published.latents.get(latent, {}), self.published

@@ -16,6 +16,7 @@ __all__ = ["Published", "PublishedPair", "Texts"]
 Row = dict[str, Any]
 _N_TOKENS = 6
 """Of the tokens on which a latent is strongest."""
+_NUMBERS = ("kind", "source", "held_out", "score_safe", "margin", "reward_chosen", "reward_rejected")
 _SPLITS = ("train", "test")
 
 
@@ -76,9 +77,9 @@ class Published:
             some = ", ".join(list(self.scores)[:3])
             raise InputError(f"{self.release} has no pair {id!r}; its ids are like {some}.")
         row = self.scores[id]
-        names = ("kind", "source", "held_out", "score_safe", "margin", "reward_chosen", "reward_rejected")
         found, why = (texts.get(id), "") if isinstance(texts, dict) else (None, texts)
-        return PublishedPair(id, *(row[name] for name in names), found, why or ("" if found else _MISSING))
+        numbers = {name: row[name] for name in _NUMBERS}
+        return PublishedPair(id=id, **numbers, texts=found, why_no_texts=why or ("" if found else _MISSING))
 
     def texts(self) -> dict[str, Texts] | str:
         """{pair id: its texts}, or the reason why they cannot be read, which may be another the next time."""
