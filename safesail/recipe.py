@@ -413,7 +413,8 @@ class Recipe(BaseRecipe):
     def parse(cls, data: dict[str, Any], origin: str = "the recipe") -> Self:
         if "preferences" in data:
             raise InputError(
-                f"{origin} has preferences, so it is a recipe of SAFER; read it with safesail.reward_recipe.load_recipe."
+                f"{origin} has preferences, so it is a recipe of SAFER; "
+                "read it with safesail.reward_recipe.load_recipe."
             )
         return super().parse(data, origin)
 

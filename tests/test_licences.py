@@ -9,6 +9,7 @@ from safesail.assets import asset
 from safesail.errors import InputError
 from safesail.recipe import Recipe
 from safesail.release.licences import LICENCES, card_licence, check, check_licences, conflict, licence_of_texts
+from safesail.reward_recipe import load_recipe
 
 COMMERCE = "allows commercial use, which is forbidden"
 
@@ -47,7 +48,7 @@ def test_what_a_licence_permits_although_another_forbids_it(licence: str, parent
 
 @pytest.mark.parametrize("path", sorted((asset("hub") / "recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_shipped_recipes_are_in_order(path: Path):
-    check_licences(Recipe.load(path))
+    check_licences(load_recipe(path))
 
 
 def test_a_release_may_not_permit_what_the_base_model_forbids(tmp_path: Path):

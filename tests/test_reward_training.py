@@ -26,6 +26,7 @@ from safesail.rewards.fit import Fit, FitSettings, n_right, pairwise_loss, sched
 from safesail.rewards.model import RewardModel
 from safesail.rewards.parts import trained_part
 from safesail.rewards.preferences import Preference
+from safesail.rewards.texts import Text, distinct
 from safesail.rewards.training import REWARDS_SCHEMA, Retraining, accuracies, reward_stage
 from safesail.run import StageWork
 
@@ -437,3 +438,10 @@ def test_retraining_reads_what_another_process_kept(tmp_path: Path, tiny_model: 
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     with pytest.raises(TypeError):  # another model: computed anew
         Retraining(recipe_of(other), toy(), tmp_path)
+
+
+def test_equal_texts_are_read_once_and_every_side_has_its_place():
+    texts = [Text([1, 2], range(2), 0), Text([3], range(1), 0), Text([1, 2], range(2), 1)]
+    found = distinct(texts)
+    assert found.ids == [[1, 2], [3]]
+    assert found.number.tolist() == [0, 1, 0]

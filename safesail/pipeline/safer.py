@@ -147,6 +147,8 @@ class RewardPipeline(BasePipeline):
     def _compare(self, work: StageWork) -> None:
         retraining = Retraining(self.recipe, self._pairs, work.folder)
         compare_stage(self.recipe, self._pairs, self.run.table_of("edit", "edits.parquet"), retraining, work)
+        for states in work.folder.glob("frozen-*.bin"):
+            states.unlink()
 
     def _build(self, work: StageWork) -> None:
         reward_build_stage(self.run, work)

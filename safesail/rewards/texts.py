@@ -3,10 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from safesail.errors import InputError
 from safesail.rewards.preferences import SIDES, Preference
 
-__all__ = ["Text", "encode_all", "encode_side"]
+__all__ = ["Distinct", "Text", "distinct", "encode_all", "encode_side"]
 
 _MARK = "\ue000"
 """Stands in an answer's place to find where a template puts it: a character of no script, which no template trims."""
@@ -22,6 +25,21 @@ class Text(NamedTuple):
     own or special ones."""
     n_cut: int
     """Tokens lost at the beginning."""
+
+
+class Distinct(NamedTuple):
+    """The different texts among all sides of all pairs: an answer that is in several pairs is read once."""
+
+    ids: list[list[int]]
+    number: Tensor
+    """(n_texts,) for every text the place of its tokens in `ids`."""
+
+
+def distinct(texts: Sequence[Text]) -> Distinct:
+    """The different texts in the order in which they first appear."""
+    places: dict[tuple[int, ...], int] = {}
+    numbers = [places.setdefault(tuple(text.ids), len(places)) for text in texts]
+    return Distinct([list(ids) for ids in places], torch.tensor(numbers, dtype=torch.long))
 
 
 def encode_side(tokenizer: Any, preference: Preference, side: str, max_length: int) -> Text:

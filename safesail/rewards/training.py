@@ -32,7 +32,7 @@ from safesail.rewards.fit import Fit, FitFacts, FitSettings, n_right
 from safesail.rewards.model import RewardModel
 from safesail.rewards.parts import TrainedPart, trained_part
 from safesail.rewards.preferences import Preference
-from safesail.rewards.texts import Text, encode_all
+from safesail.rewards.texts import Text, distinct, encode_all
 from safesail.run import StageWork, write_json
 from safesail.training.step import Diverged
 
@@ -46,12 +46,14 @@ def reward_stage(recipe: RewardRecipe, preferences: list[Preference], work: Stag
     """Train the recipe's reward model; an interrupted call goes on at its last checkpoint and gives the same bytes."""
     reward_model = _fresh(recipe)
     texts = _texts(recipe, reward_model, preferences)
-    part = _part(recipe, recipe.reward.trained_blocks, reward_model, texts, work.folder, ranks)
-    fit = Fit(part, _training_pairs(preferences), FitSettings.of(recipe.reward), recipe.seed, ranks)
+    read = distinct(texts)
+    part = _part(recipe, recipe.reward.trained_blocks, reward_model, read.ids, work.folder, ranks)
+    pairs = read.number[_training_pairs(preferences)]
+    fit = Fit(part, pairs, FitSettings.of(recipe.reward), recipe.seed, ranks)
     n_parameters = fit.n_parameters
     _train(fit, work.folder, recipe.runtime.checkpoint_seconds)
     if ranks.first:
-        rewards = _final_rewards(recipe, part)
+        rewards = _final_rewards(recipe, part)[read.number].view(-1, 2)
         _write(preferences, rewards, reward_model, work.folder)
         work.facts["accuracy"] = accuracies(preferences, rewards)
     ranks.wait()
@@ -85,7 +87,8 @@ class Retraining:
         self._model = _fresh(recipe)
         self._settings = FitSettings.of(recipe.reward).retrained(recipe.compare)
         texts = _texts(recipe, self._model, preferences)
-        self._part = _part(recipe, recipe.compare.trained_blocks, self._model, texts, cache, ALONE)
+        self._read = distinct(texts)
+        self._part = _part(recipe, recipe.compare.trained_blocks, self._model, self._read.ids, cache, ALONE)
         self._start = {name: weight.detach().clone() for name, weight in self._part.parameters().items()}
 
     def rewards(self, pairs: Sequence[tuple[int, int]], seed: int) -> Tensor:
@@ -96,11 +99,11 @@ class Retraining:
         assert pairs, "there is nothing to train on"
         self._begin(seed)
         numbers = torch.tensor([(2 * p + swapped, 2 * p + 1 - swapped) for p, swapped in pairs])
-        fit = Fit(self._part, numbers, self._settings, seed)
+        fit = Fit(self._part, self._read.number[numbers], self._settings, seed)
         while fit.n_done < fit.n_steps:
             _step(fit, "Lower compare.learning_rate and run again.")
         fit.release()
-        return self._part.all_rewards().view(-1, 2)
+        return self._part.all_rewards()[self._read.number].view(-1, 2)
 
     @torch.no_grad()
     def _begin(self, seed: int) -> None:
@@ -140,13 +143,18 @@ def _texts(recipe: RewardRecipe, reward_model: RewardModel, preferences: Sequenc
 
 
 def _part(
-    recipe: RewardRecipe, n_blocks: int | None, reward_model: RewardModel, texts: list[Text], folder: Path, ranks: Ranks
+    recipe: RewardRecipe,
+    n_blocks: int | None,
+    reward_model: RewardModel,
+    ids: list[list[int]],
+    folder: Path,
+    ranks: Ranks,
 ) -> TrainedPart:
     made_of = f"{model_fingerprint(recipe.model.path, recipe.model.revision)}:{recipe.reward.n_blocks}"
-    with bar("frozen part", sum(len(text.ids) for text in texts), "token") as progress:
+    with bar("frozen part", sum(map(len, ids)), "token") as progress:
         return trained_part(
             reward_model,
-            [text.ids for text in texts],
+            ids,
             n_blocks,
             folder,
             made_of=made_of,
@@ -166,6 +174,7 @@ def _training_pairs(preferences: Sequence[Preference]) -> Tensor:
 def _facts_of_texts(texts: list[Text]) -> dict[str, int]:
     return {
         "n_texts": len(texts),
+        "n_distinct_texts": len(distinct(texts).ids),
         "n_tokens": sum(len(text.ids) for text in texts),
         "n_truncated": sum(text.n_cut > 0 for text in texts),
     }
@@ -238,12 +247,12 @@ class _Log:
 
 
 def _final_rewards(recipe: RewardRecipe, part: TrainedPart) -> Tensor:
-    """The rewards of all pairs by the model as it will be saved, (n_preferences, 2)."""
+    """The rewards of the distinct texts by the model as it will be saved: (n_distinct,)."""
     with bar("rewards", len(part.ids), "text") as progress:
         if recipe.model.dtype == "float32":
-            return part.all_rewards(progress.update).view(-1, 2)
+            return part.all_rewards(progress.update)
         part.reward_model.model.to(getattr(torch, recipe.model.dtype))
-        return part.reward_model.rewards(part.ids, progress=progress.update).view(-1, 2)
+        return part.reward_model.rewards(part.ids, progress=progress.update)
 
 
 def _write(preferences: Sequence[Preference], rewards: Tensor, reward_model: RewardModel, folder: Path) -> None:
