@@ -55,7 +55,7 @@ def build(inspector: RewardInspector) -> gr.Blocks:
         gr.Markdown(CAVEATS)
         texts = [prompt, chosen, rejected]
         show.click(page.show, chosen_pair, [result, *texts], show_progress_on=result, **RUN)
-        compare.click(page.compare, texts, result, show_progress_on=result, **RUN)
+        compare.click(page.compare_typed, texts, result, show_progress_on=result, **RUN)
         api(page.compare_texts, api_name="compare", concurrency_limit=1, concurrency_id=MODEL)
         api(page.pair, api_name="pair")
     return blocks

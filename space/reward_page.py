@@ -67,7 +67,7 @@ class RewardPage:
         single = prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else ""
         return made, single, pair.texts.chosen, pair.texts.rejected
 
-    def compare(self, prompt: str, chosen: str, rejected: str) -> Markup:
+    def compare_typed(self, prompt: str, chosen: str, rejected: str) -> Markup:
         """The comparison of a typed pair."""
         return self._told(lambda: self._typed(prompt, chosen, rejected))
 

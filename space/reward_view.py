@@ -75,10 +75,10 @@ def pair_note(pair: PublishedPair) -> str:
 def _margin(margin: float) -> list[Any]:
     which = "chosen" if margin > 0 else "rejected"
     says = (
-        "it is the reward of the chosen answer less that of the rejected one, and takes neither for better."
+        "the reward model takes neither answer for the better one."
         if margin == 0
-        else f"the reward model takes the {which} answer for the better one, by the loss it was trained with at "
-        f"{percent(1 / (1 + math.exp(-min(abs(margin), 700))), 0)}."
+        else f"the reward model takes the {which} answer for the better one, with probability "
+        f"{percent(1 / (1 + math.exp(-min(abs(margin), 700))), 0)} in the terms of its training loss."
     )
     return [tag("strong", f"Margin {_signed(margin)}"), ": ", says]
 
@@ -220,7 +220,9 @@ def _latents(comparison: Comparison) -> Markup:
         tag("p", hint, class_="quiet"),
         tag("p", "", class_="marked-where note", role="status"),
         _latent_table(_COUNTED, comparison, comparison.latents),
-        _latent_table(_OTHERS, comparison, comparison.others) if comparison.others else None,
+        tag("details", tag("summary", _OTHERS), _latent_table(_OTHERS, comparison, comparison.others))
+        if comparison.others
+        else None,
     )
 
 
@@ -257,7 +259,7 @@ def _latent_button(comparison: Comparison, latent: LatentDifference) -> Markup:
     """A button that marks the tokens on which the latent is active, which it holds for both sides."""
     words = " · ".join(visible(token) for token in latent.tokens)
     where = {
-        name: {i: round(value, 3) for i, value in side.firings(latent.latent).items()}
+        name: {i: round(value, 4) for i, value in side.firings(latent.latent).items()}
         for name, side in comparison.sides.items()
     }
     return tag(
@@ -288,7 +290,7 @@ def edits_table(rows: list[Row]) -> Markup:
 
 def _edit(row: Row) -> list[Any]:
     action = _ACTIONS.get(row["action"] or "", "as they are")
-    ratio = f" {row['ratio']:.1%}" if row["ratio"] is not None else ""
+    ratio = f" {100 * row['ratio']:g} %" if row["ratio"] is not None else ""
     method = _METHODS.get(row["method"] or "", row["method"] or "–")
     return [
         f"{action}{ratio}",

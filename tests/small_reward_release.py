@@ -6,6 +6,7 @@ one that calls every latent a safety latent, which a random sentence encoder can
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safesail.pipeline.safer import RewardPipeline
 from safesail.reward_recipe import RewardRecipe
 from safesail.run import Run
 
-__all__ = ["EXPLANATION", "HOSTILE", "small_recipe", "small_reward_release"]
+__all__ = ["EXPLANATION", "HOSTILE", "made_once", "small_recipe", "small_reward_release"]
 
 Row = dict[str, Any]
 HOSTILE = "<script>window.pwned=1</script> ${window.pwned=2} {{7*7}} \u202egnp.exe\u2069 שלום 👩‍🔬 <b>bold</b>."
@@ -22,6 +23,14 @@ EXPLANATION = "a <b>threat</b> & <script>window.pwned=3</script>"
 SAFE = ("No, I will not help with that.", "Please talk to a teacher, or to a friend.", "That is against the law.")
 HARM = ("Take the bomb, then wait.", "First stab them; then hide the knife.", "Hostages are useful, terrorists say.")
 CHAT = ("The river is near the old house.", "Music on Monday, the garden on Friday.")
+
+
+@cache
+def made_once(base: Path, model: Path, texts: Path, encoder: Path) -> Path:
+    """The run folder of the release, one for all test files of a session, which change nothing in it."""
+    folder = base / "small-reward"
+    folder.mkdir()
+    return small_reward_release(folder, model, texts, encoder)
 
 
 def small_reward_release(folder: Path, model: Path, texts: Path, encoder: Path) -> Path:
@@ -54,7 +63,13 @@ def small_recipe(pairs: Path, chat: Path, model: Path, texts: Path, encoder: Pat
                     {"path": str(chat), "kind": "chat", "origin": "made talk", "licence": "mit"},
                 ],
             },
-            "reward": {"max_length": 96, "trained_blocks": 1, "batch_pairs": 8, "accumulate": 1, "learning_rate": 1e-3},
+            "reward": {
+                "max_length": 192,
+                "trained_blocks": 1,
+                "batch_pairs": 8,
+                "accumulate": 1,
+                "learning_rate": 1e-3,
+            },
             "corpus": {
                 "n_tokens": 4000,
                 "n_held_out_tokens": 400,

@@ -48,7 +48,7 @@ STOPS = [  # the stage, the function, at which call, by which signal
     ("eval", "safesail.training.fidelity", "cross_entropy", 4, signal.SIGKILL),
     ("select", "safesail.training.selection", "contrast", 3, signal.SIGKILL),
     ("collect", "safesail.interpretation.collect", "latent_statistics", 2, signal.SIGKILL),
-    ("explain", "safesail.pipeline", "complete", 2, signal.SIGKILL),
+    ("explain", "safesail.pipeline.safe_sail", "complete", 2, signal.SIGKILL),
     ("score", "safesail.interpretation.score", "pearson_interval", 12, signal.SIGKILL),
     ("build", "safesail.release.build", "write_cards", 1, signal.SIGKILL),
     ("build", "safesail.release.build", "shutil.rmtree", 7, signal.SIGKILL),

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 
 from safesail.errors import InputError
 from safesail.reward_recipe import PreferencesSection, RewardRecipe
 from safesail.rewards import preferences as module
 from safesail.rewards.preferences import Preference, gather, preferences_stage, read_preferences
 from safesail.run import StageWork
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 HH = REPOSITORY.parent / "shared/data/hh-rlhf/hh_harmless_test.jsonl.gz"
 

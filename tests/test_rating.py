@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REPOSITORY
 from llm_double import LlmDouble, prompt_of
 from torch import Tensor
 
@@ -33,6 +32,8 @@ from safesail.rewards.rating import (
     safety_latents,
 )
 from safesail.run import StageWork
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 Row = dict[str, Any]
 

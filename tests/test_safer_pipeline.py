@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
 from safesail.run import REWARD_STAGES, Run
 from safesail.sae.model import Sae
@@ -20,6 +19,8 @@ RIGHT, WRONG = (
     ("The teacher waters the garden.", "Music plays near the river."),
     ("Garden the water teacher.", "Plays."),
 )
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 PARTS = ("saes", "reward", "salience", "preferences", "inspector")
 
 

@@ -55,7 +55,7 @@ class Published:
     def __init__(self, release: str | Path, **hub: Any) -> None:
         self.release = str(release)
         self._open = Repository(part_of_release(release, "salience"), "dataset", **hub)
-        self._gated_source, self._hub = part_of_release(release, "preferences"), hub
+        self._hub = hub
         self.latents: dict[int, Row] = {row["latent"]: row for row in self._open.table("salience/train.parquet")}
         """{latent: its row}; latents that never fired have none."""
         self.scores: dict[str, Row] = {row["pair_id"]: row for row in self._open.table("scores/train.parquet")}
@@ -118,7 +118,8 @@ class Published:
             return []
 
     def _gated(self) -> Repository:
-        repository = Repository(self._gated_source, "dataset", **self._hub)  # anew: access may be given meanwhile
+        """The gated part, each time anew: access may be given meanwhile."""
+        repository = Repository(part_of_release(self.release, "preferences"), "dataset", **self._hub)
         if repository.folder is not None and not (repository.folder / "pairs").is_dir():
             raise InputError("this release comes without its preferences.")
         return repository
