@@ -35,8 +35,8 @@ fire more on chosen answers of the preference data, *S⁻* those that fire more 
 mean activation at segment ends, S⁺ less S⁻, of the chosen answer less that of the rejected one."""
 CAVEATS = """**What this is not.** A latent was rated as being about safety by a model that saw the places where it
 fires: the rating may be wrong, and a latent that goes with safe answers need not cause them. A small model's rewards
-and latents follow surface features, such as length or phrases of refusal. Neither number says whether an answer does
-harm. Published pairs are shown as people wrote them."""
+and latents may follow surface features, such as length or phrases of refusal. Neither number says whether an answer
+does harm. Published pairs are shown as people wrote them."""
 
 
 def build(inspector: RewardInspector) -> gr.Blocks:
