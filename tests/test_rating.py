@@ -56,7 +56,7 @@ LOCAL: Row = {"backend": "local", "model": "", "encoder": "e"}
 
 
 def context(latent: int, rank: int, before: str, token: str = ".", after: str = "", activation: float = 1.0) -> Row:
-    place = {"pair_id": "p", "side": "chosen", "position": 3, "token_class": "x"}
+    place = {"pair_id": "p", "side": "chosen", "position": 3, "n_own": len(before), "token_class": "x"}
     shown = {"activation": activation, "before": before, "token": token, "after": after}
     return {"latent": latent, "rank": rank, **place, **shown}
 
@@ -108,6 +108,13 @@ def test_the_encoder_is_given_what_had_been_read_one_context_a_line() -> None:
     assert request.messages[0].content == "first line?\nsecond one."
     assert (request.temperature, request.schema) == (0.0, None)
     assert expected_completion(request, recipe_of(**LOCAL)) == 0
+
+
+def test_the_encoder_is_not_shown_what_others_had_said_before() -> None:
+    rows = [context(3, 0, "How do I …? I'm sorry", ",") | {"n_own": len("I'm sorry")}, context(3, 1, "Why? ", "No")]
+    rows[1]["n_own"] = 0
+    [request] = rate_requests(recipe_of(**LOCAL), rows).values()
+    assert request.messages[0].content == "I'm sorry,\nNo"
 
 
 def test_only_latents_that_are_to_be_rated_are_asked_about_in_the_order_of_salience() -> None:

@@ -304,6 +304,15 @@ def test_contexts_are_the_strongest_end_of_each_text_with_the_exact_text(
     assert [row["activation"] for row in of_1] == [8] * 4
     assert [row["position"] for row in of_1] == [9, 5, 8, 5]  # 0 is a special token, 1 the question
     assert [row["token_class"] for row in of_1] == ["no", "qaye", "ab", "quш"]
+    # of ". No" and "? Ab" all is the answer's own, of "QAye" and "QuШ" all but the question
+    assert [row["n_own"] for row in of_1] == [4, 3, 4, 2]
+
+
+def test_outside_the_answer_a_turn_begins_after_a_special_token(reward_model: RewardModel, sae: Sae, tmp_path: Path):
+    recipe = reward_recipe(part="text")
+    _, contexts, _ = measured(recipe, [pair("a", "Yes", "No", asked="Q!")], reward_model, sae, tmp_path)
+    asked = {(row["before"], row["token"], row["n_own"]) for row in contexts if row["token"] == "!"}
+    assert asked == {("<|im_start|>Q", "!", 1)}
 
 
 def test_contexts_are_ranked_by_activation(reward_model: RewardModel, sae: Sae, tmp_path: Path):

@@ -30,10 +30,12 @@ CONTEXTS_SCHEMA = pa.schema(
         ("before", pa.string()),
         ("token", pa.string()),
         ("after", pa.string()),
+        ("n_own", pa.int32()),
         ("token_class", pa.string()),
     ]
 )
-"""`rank` counts the contexts of a latent from the strongest one, 0, on."""
+"""`rank` counts the contexts of a latent from the strongest one, 0, on; the last `n_own` characters of `before` are of
+the turn in which the end stands."""
 CANDIDATES_PER_CONTEXT = 4
 """So many strongest ends are kept per context that is wanted, as some have the same context."""
 _AFTER = 8  # tokens shown after the end
@@ -84,6 +86,8 @@ class Around(NamedTuple):
     token: str
     """What stands at the end: one token's text, or a character that several tokens make."""
     after: str
+    n_own: int
+    """How many characters of `before`, counted from its end, are of the turn in which the token stands."""
 
 
 class Contexts:
@@ -107,10 +111,13 @@ class Contexts:
         here = [unit for unit in units if unit.start <= at < unit.end]
         if not here:
             return None
-        before = [unit.text for unit in units if low - first < unit.end <= here[0].start]
+        earlier = [unit for unit in units if low - first < unit.end <= here[0].start]
+        inside = [unit for unit in earlier if unit.start >= text.answer.start - first]
+        own = inside if end in text.answer else list(takewhile(lambda unit: not unit.special, reversed(earlier)))
         later = [unit for unit in units if here[0].end <= unit.start < high - first]
         after = [unit.text for unit in takewhile(lambda unit: not unit.special, later)]
-        return Around("".join(before), here[0].text, "".join(after))
+        before = "".join(unit.text for unit in earlier)
+        return Around(before, here[0].text, "".join(after), sum(len(unit.text) for unit in own))
 
 
 def contexts_of(latent: int, found: list[tuple[int, float]], contexts: Contexts, n_contexts: int) -> list[Row]:

@@ -156,8 +156,13 @@ def _visible(token: str) -> str:
 
 
 def _encoder_request(recipe: RewardRecipe, contexts: list[Row]) -> Request:
-    """What the latent had read at each of its places, one a line; what comes after them cannot have moved it."""
-    read = [" ".join(inert(row["before"] + row["token"]).split()) for row in contexts]
+    """What had been said at each of the latent's places, one a line.
+
+    An encoder gives a text one vector, so it is shown the turn in which the place stands and not what came before; what
+    comes after cannot have moved the latent.
+    """
+    said = [row["before"][len(row["before"]) - row["n_own"] :] + row["token"] for row in contexts]
+    read = [" ".join(inert(text).split()) for text in said]
     return Request(messages=(Message("user", "\n".join(read)),), max_tokens=recipe.rate.max_tokens)
 
 
