@@ -111,7 +111,9 @@ class Release:
 
     def __init__(self, folder: Path) -> None:
         run = Run.open(folder)
-        self.recipe: Recipe = run.recipe
+        if not isinstance(run.recipe, Recipe):
+            raise InputError(f"{folder} is the run of a reward model, which has no explanations to simulate.")
+        self.recipe = run.recipe
         self.activations = Activations(run.result("harvest"))
         self.collected = run.result("collect")
         self.explanations = run.table_of("explain", "explanations.parquet")

@@ -1,4 +1,4 @@
-"""Reads answers that people scored, and situations with right and wrong endings. Writes preference pairs as dictionaries.
+"""Reads answers that people scored, and situations with right and wrong endings. Writes pairs as dictionaries.
 
     safety   two answers to one objective whose mean human scores of harm (0 to 1) differ by at least 0.25: the less
              harmful one is chosen. Scores are compared within one file, that is one panel and one scale. Pairs of

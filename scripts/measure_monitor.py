@@ -31,6 +31,7 @@ from safesail.diagnosis.monitor import Monitor
 from safesail.errors import InputError
 from safesail.metrics import Interval, wilson
 from safesail.pairs import load_pairs
+from safesail.recipe import Recipe
 from safesail.run import Run
 
 RATED = {"pornography": ["sexual"], "violence": ["violence", "violence_multi_score"]}
@@ -71,6 +72,8 @@ def seen_texts(run: Run, inspector: Inspector) -> Iterator[str]:
         raise InputError(f"{file} is missing, so nothing can be said about unseen texts; give a run with its harvest.")
     for document in _documents(file):
         yield inspector.tokenizer.decode(document)
+    if not isinstance(run.recipe, Recipe):
+        raise InputError(f"{run.folder} is the run of a reward model; a monitor needs neurons with domains.")
     for name in run.recipe.select.pairs:
         for pair in load_pairs(name):
             yield pair.with_concept

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,21 @@ def test_the_plan_counts_the_pairs_that_were_gathered(run: Path):
 def test_verbs_of_the_other_kind_say_what_to_type(run: Path, arguments: tuple[str, ...], sentence: str):
     verb, *others = arguments
     assert sentence in said(verb, str(run), *others, code=2)
+
+
+def test_the_readme_snippet_runs_as_printed(run: Path, capsys: pytest.CaptureFixture[str]):
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    (block,) = [block for block in blocks if "RewardInspector" in block]
+    exec(block.replace("runs/safer-demo", str(run)), names := {})
+    assert names["compared"].margin == names["compared"].chosen.reward - names["compared"].rejected.reward
+    assert "layers.1/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["trajectories", "steer", "knowledge", "monitor"])
+def test_the_diagnosis_of_neurons_says_what_it_needs(run: Path, verb: str):
+    more = {"steer": ["--neuron", "layers.1/3"], "knowledge": ["--neuron", "layers.1/3"]}.get(verb, [])
+    text = [] if verb == "knowledge" else ["hello"]
+    assert "reward model" in said(verb, str(run), *text, *more, code=2)
 
 
 def test_the_verb_refuses_a_run_of_the_other_kind(demo_run: Path):

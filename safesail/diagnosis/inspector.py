@@ -83,6 +83,12 @@ class Inspector:
         }
         source = part_of_release(release, "saes")
         manifest = Repository(source, "model", revision, **hub).json("config.json")
+        if isinstance(manifest, dict) and manifest.get("kind") == "reward":
+            raise InputError(
+                f"{release} is of a reward model, whose latents have no explanations; look at it with "
+                f"safesail.RewardInspector, `safesail serve {release}` or `safesail inspect {release} PROMPT --chosen "
+                "ANSWER --rejected ANSWER`."
+            )
         saes = Sae.load_all(source, revision=revision, **hub, device=device)
         database = NeuronDatabase.load(release, revision=revision, **hub)
         path, model_revision = (model, None) if model else base_model_of(release, manifest)

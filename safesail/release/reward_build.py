@@ -81,6 +81,7 @@ def _saes(facts: RewardFacts, folder: Path) -> None:
             "safesail_version": __version__,
             "base_model": f"{repository(recipe)}-reward",
             "base_model_revision": f"v{recipe.publish.version}",
+            "kind": "reward",
             "base_model_note": f"A reward model on {recipe.model.name}.",
             "tokenizer_hash": facts.records["harvest"].get("tokenizer_hash"),
             "selected": {recipe.hook_point: sae_id},
