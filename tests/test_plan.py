@@ -479,3 +479,9 @@ def test_the_script_is_valid_shell() -> None:
     refused = subprocess.run(["bash", str(script)], env=nobody, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "at least one GPU" in refused.stderr
+
+
+def test_the_script_of_safer_says_what_it_takes() -> None:
+    done = subprocess.run(["bash", "scripts/safer.sh", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "RECIPE   another recipe (default: hub/recipes/safer-demo.toml)" in done.stdout
