@@ -4,6 +4,7 @@ A subclass has a method `_<stage>` per stage, and says which stages ask a langua
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,7 @@ from safesail.training.plan import refuse_what_cannot_fit
 __all__ = ["BasePipeline", "files_below"]
 
 
-class BasePipeline:
+class BasePipeline(ABC):
     """Runs the stages of one run folder, loading models and texts only for stages that need them.
 
     `budget` bounds what this command spends on endpoints; without one the recipe's runtime section gives it.
@@ -52,9 +53,9 @@ class BasePipeline:
         run.inputs = self.outside_inputs(run.recipe)
 
     @classmethod
+    @abstractmethod
     def outside_inputs(cls, recipe: Any) -> dict[str, str]:
         """The fingerprints of everything outside the recipe that its release depends on."""
-        raise NotImplementedError
 
     @property
     def _settings(self) -> Recipe | RewardRecipe:
@@ -105,9 +106,9 @@ class BasePipeline:
     # --- the harvest -----------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def _harvested(self) -> Any:
         """The model whose activations are harvested."""
-        raise NotImplementedError
 
     def _harvest(self, work: StageWork) -> None:
         recipe, model = self._settings, self._harvested
@@ -174,13 +175,13 @@ class BasePipeline:
 
     # --- the language models that are asked ------------------------------------------------------------------
 
+    @abstractmethod
     def _asked_section(self, name: str) -> AskedSection | None:
         """The section of a stage that asks a language model; None for one that does not."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _requests(self, name: str) -> tuple[list[Request], Callable[[Request], int]]:
         """What a stage would ask, and how many tokens an answer is expected to have."""
-        raise NotImplementedError
 
     def estimate(self, name: str) -> Estimate:
         """What the stage would ask of its language model and what that would cost; nothing is sent.
@@ -228,9 +229,9 @@ class BasePipeline:
             return Llm(self._endpoint(section), self._answers, budget=self.budget)
         return Llm(self._local(section), self._answers)
 
+    @abstractmethod
     def _local(self, section: AskedSection) -> LocalBackend:
         """Who answers in this process."""
-        raise NotImplementedError
 
     def _endpoint(self, section: AskedSection) -> EndpointBackend:
         runtime = self._settings.runtime

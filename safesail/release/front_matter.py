@@ -13,7 +13,6 @@ from safesail.release.tables import split_name
 __all__ = [
     "CONFIGS",
     "FRONT_MATTER",
-    "GRADIO",
     "RELATION",
     "base_model_id",
     "dataset_front",
@@ -22,6 +21,7 @@ __all__ = [
     "language_codes",
     "metric_id",
     "six",
+    "space_front",
 ]
 
 Row = dict[str, Any]
@@ -48,7 +48,7 @@ _LABELS = {
     "above_null": "I_CDF above its null",
 }
 _OF_PAIRS = ("i_cdf", "above_null")
-GRADIO = "6.31.0"
+_GRADIO = "6.31.0"
 """What the inspector was last run with, within what the `space` extra allows: a Space names one version."""
 
 
@@ -176,23 +176,32 @@ def _gate(gate: str, subjects: str) -> Row:
 
 
 def _space_front(facts: Row) -> str:
+    base_model, here = base_model_id(facts["recipe"]), facts["repository"]
+    return space_front(
+        facts,
+        models=[f"{here}-saes", *([base_model] if base_model else [])],
+        datasets=[f"{here}-neurons", f"{here}-examples"],
+        tags=TAGS,
+        short_description="Which safety neurons fire on which token",
+    )
+
+
+def space_front(facts: Row, **read: Any) -> str:
+    """The front matter of a Space. read: what it reads and how it is found, in the words of `SpaceCardData`."""
     from huggingface_hub import SpaceCardData
 
-    recipe, base_model = facts["recipe"], base_model_id(facts["recipe"])
+    recipe = facts["recipe"]
     return SpaceCardData(
         title=one_line(facts["title"]),
         emoji="🔎",
         colorFrom="gray",
         colorTo="indigo",
         sdk="gradio",
-        sdk_version=GRADIO,
+        sdk_version=_GRADIO,
         python_version="3.11",  # the default of the Hub is older than what safesail needs
         app_file="app.py",
         **card_licence(recipe.publish.licence),
-        models=[f"{facts['repository']}-saes", *([base_model] if base_model else [])],
-        datasets=[f"{facts['repository']}-neurons", f"{facts['repository']}-examples"],
-        tags=TAGS,
-        short_description="Which safety neurons fire on which token",
+        **read,
         suggested_hardware="cpu-basic" if recipe.model.dtype == "float32" else "l4x1",  # bfloat16 is for GPUs
     ).to_yaml()
 

@@ -6,10 +6,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from safesail.recipe import BaseRecipe
-from safesail.release.front_matter import GRADIO, RELATION, dataset_front, hub_name, hub_sources, language_codes, six
+from safesail.release.front_matter import (
+    RELATION,
+    dataset_front,
+    hub_name,
+    hub_sources,
+    language_codes,
+    six,
+    space_front,
+)
 from safesail.release.hub_id import hub_id
-from safesail.release.inert import one_line
 from safesail.release.licences import card_licence, licence_of_texts
 from safesail.release.reward_tables import REWARD_SCHEMAS
 from safesail.reward_recipe import RewardRecipe
@@ -200,30 +206,14 @@ def _gate(gate: str, heading: str, prompt: str, promise: str) -> Row:
 
 
 def _space_front(facts: Row, _: Path) -> str:
-    from huggingface_hub import SpaceCardData
-
-    recipe, base_model = facts["recipe"], hub_id(facts["recipe"].model.name)
-    here = facts["repository"]
-    return SpaceCardData(
-        title=one_line(facts["title"]),
-        emoji="🔎",
-        colorFrom="gray",
-        colorTo="indigo",
-        sdk="gradio",
-        sdk_version=GRADIO,
-        python_version="3.11",  # the default of the Hub is older than what safesail needs
-        app_file="app.py",
-        **card_licence(recipe.publish.licence),
+    base_model, here = hub_id(facts["recipe"].model.name), facts["repository"]
+    return space_front(
+        facts,
         models=[f"{here}-saes", f"{here}-reward", *([base_model] if base_model else [])],
         datasets=[f"{here}-salience", f"{here}-preferences"],
         tags=[*_TAGS, *_OF_SAES],
         short_description="Why a reward model prefers one answer",
-        suggested_hardware=_hardware(recipe),
-    ).to_yaml()
-
-
-def _hardware(recipe: BaseRecipe) -> str:
-    return "cpu-basic" if recipe.model.dtype == "float32" else "l4x1"  # bfloat16 is for GPUs
+    )
 
 
 REWARD_FRONT_MATTER = {
