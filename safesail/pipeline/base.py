@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from safesail.distributed import ranks
+from safesail.distributed import ALONE, Ranks, ranks
 from safesail.errors import InputError
 from safesail.interpretation.budget import Budget
 from safesail.interpretation.estimate import Estimate, estimate, estimate_lines
@@ -31,6 +31,7 @@ from safesail.reward_recipe import RewardRecipe
 from safesail.run import Run, StageWork
 from safesail.taxonomy import Taxonomy
 from safesail.training.plan import refuse_what_cannot_fit
+from safesail.training.trainer import check_shares
 
 __all__ = ["BasePipeline", "files_below"]
 
@@ -85,11 +86,18 @@ class BasePipeline(ABC):
         self.say(f"{stage:{max(8, *map(len, self.run.stages))}} {what}")
 
     def _check(self, until: str) -> None:
-        """Find out now, not an hour later, that a key or a model's name is missing for a stage that will need it."""
+        """Find out now, not an hour later, that a key or a model's name is missing for a stage that will need it, or
+        that the ranks cannot share batches."""
         ahead = list(self.run.stages)[: list(self.run.stages).index(until) + 1]
         waiting = [name for name in ahead if self.run.state(name) != "done"]
         for name in filter(self._pays, waiting):
             self._llm(self._asked_section(name))
+        check_shares(self._settings, self._team)
+
+    @property
+    def _team(self) -> Ranks:
+        """The ranks that share batches."""
+        return self.ranks if self._settings.runtime.parallel == "data" else ALONE
 
     def _make(self, name: str) -> None:
         started = time.monotonic()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safesail.assets import asset
-from safesail.distributed import ALONE, Ranks, device
+from safesail.distributed import device
 from safesail.interpretation import explain, score
 from safesail.interpretation.collect import collect_stage
 from safesail.interpretation.held import Held
@@ -34,7 +34,7 @@ from safesail.run import StageWork
 from safesail.training.fidelity import eval_stage
 from safesail.training.selection import select_stage
 from safesail.training.sources import Streamed
-from safesail.training.trainer import check_shares, train_stage
+from safesail.training.trainer import train_stage
 
 __all__ = ["Pipeline"]
 
@@ -61,10 +61,6 @@ class Pipeline(BasePipeline):
         assert isinstance(self.run.recipe, Recipe)
         return self.run.recipe
 
-    def _check(self, until: str) -> None:
-        super()._check(until)
-        check_shares(self.recipe, self._team)
-
     # --- what the stages read --------------------------------------------------------------------------------
 
     @cached_property
@@ -89,11 +85,6 @@ class Pipeline(BasePipeline):
 
     def _train(self, work: StageWork) -> None:
         train_stage(self.recipe, self._activations, work, self._streamed(), self.ranks)
-
-    @property
-    def _team(self) -> Ranks:
-        """The ranks that share batches."""
-        return self.ranks if self.recipe.runtime.parallel == "data" else ALONE
 
     def _streamed(self) -> Streamed | None:
         """The source of training activations that reads them on the fly, if the recipe asks for it."""

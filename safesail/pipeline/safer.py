@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safesail.assets import asset
-from safesail.distributed import ALONE, device
+from safesail.distributed import device
 from safesail.interpretation.llm import LocalBackend, Request
 from safesail.interpretation.prompts import prompts_fingerprint
 from safesail.lm.corpus import texts_fingerprint
@@ -39,7 +39,7 @@ from safesail.run import StageWork
 from safesail.sae import model as sae_files
 from safesail.sae.model import Sae
 from safesail.training.fidelity import reconstruction_stage
-from safesail.training.trainer import check_shares, train_stage
+from safesail.training.trainer import train_stage
 from safesail.training.tuning import tune_stage
 
 __all__ = ["RewardPipeline"]
@@ -65,10 +65,6 @@ class RewardPipeline(BasePipeline):
     def recipe(self) -> RewardRecipe:
         assert isinstance(self.run.recipe, RewardRecipe)
         return self.run.recipe
-
-    def _check(self, until: str) -> None:
-        super()._check(until)
-        check_shares(self.recipe, self._team)
 
     # --- what the stages read --------------------------------------------------------------------------------
 
@@ -104,11 +100,6 @@ class RewardPipeline(BasePipeline):
     def _sae(self) -> Sae:
         (variant,) = self.run.record("tune")["saes"][self.recipe.hook_point]  # type: ignore[index]
         return sae_files.read(self.run.result("tune") / self.recipe.hook_point / variant)
-
-    @property
-    def _team(self) -> Any:
-        """The ranks that share batches."""
-        return self.ranks if self.recipe.runtime.parallel == "data" else ALONE
 
     # --- the stages ------------------------------------------------------------------------------------------
 

@@ -57,7 +57,8 @@ def reward_stage(recipe: RewardRecipe, preferences: list[Preference], work: Stag
         _write(preferences, rewards, reward_model, work.folder)
         work.facts["accuracy"] = accuracies(preferences, rewards)
     ranks.wait()
-    work.facts |= {"n_steps": fit.n_steps, "n_parameters_trained": n_parameters, **_facts_of_texts(texts)}
+    work.facts |= {"n_steps": fit.n_steps, "n_parameters_trained": n_parameters}
+    work.facts |= _facts_of_texts(texts, len(read.ids))
 
 
 def accuracies(preferences: Sequence[Preference], rewards: Tensor) -> dict[str, dict[str, dict[str, Any]]]:
@@ -171,10 +172,10 @@ def _training_pairs(preferences: Sequence[Preference]) -> Tensor:
     return torch.tensor(numbers)
 
 
-def _facts_of_texts(texts: list[Text]) -> dict[str, int]:
+def _facts_of_texts(texts: list[Text], n_distinct: int) -> dict[str, int]:
     return {
         "n_texts": len(texts),
-        "n_distinct_texts": len(distinct(texts).ids),
+        "n_distinct_texts": n_distinct,
         "n_tokens": sum(len(text.ids) for text in texts),
         "n_truncated": sum(text.n_cut > 0 for text in texts),
     }
