@@ -21,7 +21,7 @@ import pytest
 
 from safesail.assets import asset
 
-__all__ = ["ask", "cells", "choose", "chromium", "neurons", "opened", "serving", "wait_for"]
+__all__ = ["ask", "cells", "choose", "chromium", "neurons", "open_tab", "opened", "serving", "wait_for"]
 
 _OURS = ("SPACE_ID", "SAFESAIL_RELEASE", "SAFESAIL_MODEL", "SAFESAIL_HOST", "SAFESAIL_PORT")
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -120,6 +120,22 @@ def ask(page: Any, prompt: str, *, new_tokens: int = 4) -> Any:
     tokens.first.wait_for()
     page.locator("#neurons :is(table, p)").first.wait_for()
     return tokens
+
+
+def open_tab(page: Any, name: str) -> None:
+    """Open a tab, which on a narrow page is in the menu of more tabs.
+
+    Gradio moves tabs between the row and the menu while it measures them, so what is seen may be gone by the click.
+    """
+    tab = page.get_by_role("tab", name=name, exact=True)
+    errors = pytest.importorskip("playwright.sync_api").TimeoutError
+    for _ in range(20):
+        with contextlib.suppress(errors):
+            if tab.is_visible():
+                return tab.click(timeout=1000)
+            page.get_by_label("More tabs").click(timeout=1000)
+            return page.locator(".overflow-dropdown button", has_text=name).click(timeout=1000)
+    raise AssertionError(f"the tab {name} can be clicked neither in the row of tabs nor in the menu of more")
 
 
 def choose(page: Any, elem_id: str, choice: str) -> None:

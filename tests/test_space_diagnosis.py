@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browsing import cells, opened
+from browsing import cells, open_tab, opened
 
 from safesail.diagnosis.inspector import Inspector
 from safesail.diagnosis.results import Result
@@ -48,7 +48,7 @@ def page(visitor: Any) -> Any:
 
 
 def go(page: Any, tab: str) -> None:
-    page.get_by_role("tab", name=tab, exact=True).click()
+    open_tab(page, tab)
     page.locator("[role=tabpanel]:visible button.primary").first.wait_for()
 
 
@@ -251,12 +251,7 @@ def test_axe_finds_nothing_serious(browser: Any, told_space: str, inspector: Ins
     with opened(browser, told_space, width=width) as page:
         page.set_default_timeout(60_000)
         for tab in TABS:
-            if not page.get_by_role("tab", name=tab, exact=True).is_visible():
-                page.get_by_label("More tabs").or_(page.locator(".overflow-menu button")).first.click()
-                page.locator(".overflow-dropdown button", has_text=tab).click()
-                page.locator("[role=tabpanel]:visible button.primary").first.wait_for()
-            else:
-                go(page, tab)
+            go(page, tab)
             if tab == "Monitor":
                 fill(page, "monitor-text", PROMPT)
                 page.locator("#score").click()

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browsing import ask, opened, serving
+from browsing import ask, open_tab, opened, serving
 
 from safesail.diagnosis.inspector import Inspector
 from safesail.neurons import NeuronDatabase
@@ -108,7 +108,7 @@ def inert(page: Any) -> None:
 
 def test_explanations_are_shown_as_they_are(page: Any, release: Path) -> None:
     database = NeuronDatabase.load(release)
-    page.get_by_role("tab", name="Neurons").click()
+    open_tab(page, "Neurons")
     page.locator("#found tbody tr").first.wait_for()
     shown = page.locator("#found button.neuron").evaluate_all(
         "all => all.map((b) => [b.dataset.value, b.querySelector('.text').textContent])"
@@ -149,7 +149,7 @@ def test_a_card_and_its_examples_are_shown_as_they_are(page: Any, release: Path)
 
 def test_the_landscape_shows_labels_as_they_are(page: Any, release: Path) -> None:
     database = NeuronDatabase.load(release)
-    page.get_by_role("tab", name="Landscape").click()
+    open_tab(page, "Landscape")
     plot = page.locator("#landscape .plot")
     plot.press("Home")
     seen = set()

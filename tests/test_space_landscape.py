@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from browsing import opened
+from browsing import open_tab, opened
 
 from safesail.assets import asset
 from safesail.diagnosis.inspector import Inspector
@@ -218,15 +218,6 @@ def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the Space did not answer within 90 seconds")
 
 
-def show_landscape(page: Any, *, narrow: bool) -> None:
-    """Open the tab, which on a narrow page is in the menu of more tabs."""
-    if narrow:
-        page.get_by_role("button", name="More tabs").click()
-        page.locator(".overflow-dropdown button", has_text="Landscape").click()
-    else:
-        page.get_by_role("tab", name="Landscape").click()
-
-
 @pytest.fixture
 def visit(browser: Any, addresses: dict[str, str]) -> Iterator[Any]:
     """Opens the landscape of a database, on a page high enough for all of it."""
@@ -234,7 +225,7 @@ def visit(browser: Any, addresses: dict[str, str]) -> Iterator[Any]:
 
         def visit(name: str, *, width: int = 1280, **options: Any) -> Any:
             page = visits.enter_context(opened(browser, addresses[name], width=width, height=1300, **options))
-            show_landscape(page, narrow=width < 640)
+            open_tab(page, "Landscape")
             page.locator("#landscape .caption").filter(has_not_text="Reading").wait_for()
             return page
 
@@ -520,8 +511,8 @@ def test_thousands_of_points_are_drawn_at_once_and_sent_once(visit: Any) -> None
     assert n_drawn(page) == N_MANY
     answers: list[Any] = []
     page.on("response", lambda response: answers.append(response.headers.get("content-length", "0")))
-    page.get_by_role("tab", name="Neurons").click()
-    page.get_by_role("tab", name="Landscape").click()
+    open_tab(page, "Neurons")
+    open_tab(page, "Landscape")
     page.locator("#landscape .plot").press("+")
     page.wait_for_timeout(300)
     assert max(map(int, answers), default=0) < 10_000, "the plot is not sent again"

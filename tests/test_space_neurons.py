@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browsing import cells, choose, opened
+from browsing import cells, choose, open_tab, opened
 
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -27,7 +27,7 @@ def tab(browser: Any, told_space: str) -> Iterator[Any]:
 def page(tab: Any) -> Any:
     """The tab as it is when it is opened."""
     tab.reload()
-    tab.get_by_role("tab", name="Neurons").click()
+    open_tab(tab, "Neurons")
     expect(tab.locator("#facets")).to_contain_text("120 neurons, the best 50 shown, best score first.")
     return tab
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from browsing import ask, cells, neurons, opened, serving
+from browsing import ask, cells, neurons, open_tab, opened, serving
 from hub_double import HubDouble
 
 from safesail.assets import asset
@@ -162,7 +162,7 @@ def test_a_language_without_an_explanation_falls_back_and_says_so(page: Any, cli
     other = next(id for id in database.explanations if id != translated)
     page.locator("#language input").click()
     page.get_by_role("option", name="zh", exact=True).click()
-    page.get_by_role("tab", name="Neurons").click()
+    open_tab(page, "Neurons")
     row = page.locator(f'#found button[data-value="{translated}"]')
     row.filter(has_text=SAID).wait_for()
     shown = {text[1].splitlines()[-1]: text[1] for text in cells(page, "#found")}

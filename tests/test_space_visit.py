@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from browsing import ask, neurons, opened, serving
+from browsing import ask, neurons, open_tab, opened, serving
 
 from safesail.diagnosis.inspection import Inspection
 from safesail.diagnosis.inspector import Inspector
@@ -60,7 +60,7 @@ def test_a_visit_from_the_prompt_to_a_link_that_is_opened_afresh(
     look_at_landscape(page)
     with opened(browser, address, fragment=page.url.partition("#")[2]) as other:
         neuron_in_neurons_tab(other, hit.neuron_id, hit.explanation)
-    page.get_by_role("tab", name="Inspector").click()
+    open_tab(page, "Inspector")
     link = page.get_by_role("link", name="Link to this token").get_attribute("href")
     with opened(browser, address, fragment=link) as other:
         other.locator("#headline", has_text=token_name(index)).wait_for()
@@ -142,7 +142,7 @@ def neuron_in_neurons_tab(page: Any, neuron_id: str, explanation: str) -> None:
 
 def look_at_landscape(page: Any) -> None:
     """A point of the landscape names its neuron and opens its card."""
-    page.get_by_role("tab", name="Landscape").click()
+    open_tab(page, "Landscape")
     plot = page.locator("#landscape .plot")
     plot.focus()
     plot.press("End")
@@ -280,26 +280,17 @@ def test_every_tab_is_accessible_and_as_wide_as_the_screen(browser: Any, address
         page.locator("#inspector-ask").click()
         page.locator("#inspector-examples li").first.wait_for()
         findings += looked_over(page, "Inspector")
-        go_to(page, "Neurons")
+        open_tab(page, "Neurons")
         page.locator("#found button.neuron").first.click()
         unfolded(page, "neurons")
         findings += looked_over(page, "Neurons")
-        go_to(page, "Landscape")
+        open_tab(page, "Landscape")
         page.locator("#landscape .plot").press("ArrowRight")
         page.locator("#landscape .plot").press("Enter")
         unfolded(page, "landscape")
         page.locator("#landscape .plot").press("ArrowRight")
         findings += looked_over(page, "Landscape")
     assert findings == []
-
-
-def go_to(page: Any, name: str) -> None:
-    """Open a tab; on a narrow screen it may be behind the button for more."""
-    tab = page.get_by_role("tab", name=name)
-    if tab.is_visible():
-        return tab.click()
-    page.get_by_role("button", name="More tabs").click()
-    page.locator(".overflow-dropdown button", has_text=name).click()
 
 
 def unfolded(page: Any, name: str) -> None:
