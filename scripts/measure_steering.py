@@ -3,8 +3,9 @@
     python scripts/measure_steering.py runs/demo --amounts 4 [--everywhere]
 
 The neurons are chosen by a rule on their rows alone: a word of the subject in explanation or concept, a score above
-weak; of each subject the five best. Each is steered by fixed amounts on all tokens of the prompts below, and what is
-measured is the change of log-probability of the next token, mean over the prompts, for two sets of five tokens:
+weak; of each subject the five best at each hook point. Each is steered by fixed amounts on all tokens of the prompts
+below, and what is measured is the change of log-probability of the next token, mean over the prompts, for two sets of
+five tokens:
 
     fires on   those on which the neuron fires most in the release's examples (sum of its activations per token)
     promotes   those whose logits its decoder row raises on the direct path through the final norm and unembedding
@@ -18,6 +19,7 @@ What this does not ask: whether the model then writes about the subject, or how 
 
 import argparse
 import collections
+import itertools
 import json
 import re
 import sys
@@ -96,14 +98,15 @@ class Measured(NamedTuple):
 
 
 def chosen(database: NeuronDatabase) -> list[Chosen]:
-    """The five best-scored neurons of each subject; a neuron of two subjects counts for the first."""
-    found: list[Chosen] = []
-    for subject, words in SUBJECTS.items():
-        rows = [row for row in database.search(min_score=WEAK_BELOW) if _is_about(row, words)]
-        taken = {neuron.neuron_id for neuron in found}
-        fresh = [row for row in rows if row["score"] > WEAK_BELOW and row["neuron_id"] not in taken][:N_PER_SUBJECT]
-        found += [Chosen(subject, row["neuron_id"], row["explanation"], row["score"]) for row in fresh]
-    return found
+    """The five best-scored neurons of each subject at each hook point; one of two subjects counts for the first."""
+    found: dict[str, Chosen] = {}
+    for hook_point, (subject, words) in itertools.product(database.hook_points, SUBJECTS.items()):
+        rows = [row for row in database.search(hook_point=hook_point, min_score=WEAK_BELOW) if _is_about(row, words)]
+        fresh = [row for row in rows if row["score"] > WEAK_BELOW and row["neuron_id"] not in found][:N_PER_SUBJECT]
+        found |= {
+            row["neuron_id"]: Chosen(subject, row["neuron_id"], row["explanation"], row["score"]) for row in fresh
+        }
+    return list(found.values())
 
 
 def _is_about(row: dict[str, Any], words: set[str]) -> bool:
@@ -243,14 +246,15 @@ def table_row(neuron: Chosen, amount: float, kind: str, tokens: Sequence[str], r
     )
 
 
-def summary(kind: str, amount: float, results: Sequence[Measured]) -> str:
-    """How many neurons move their tokens up, and beyond each null."""
+def summary(hook_point: str, kind: str, amount: float, results: Sequence[Measured]) -> str:
+    """How many neurons of a hook point move their tokens up, and beyond each null."""
     n, up = len(results), sum((result.change.value or 0.0) > 0 for result in results)
     by_null = [sum(result.beyond[i] for result in results) for i in (0, 1)]
     both = sum(all(result.beyond) for result in results)
     return (
-        f"α = {amount:g}, tokens it {kind}: {up} of {n} neurons move them up; beyond the 95 % range of random "
-        f"directions {_share(by_null[0], n)}, of other latents {_share(by_null[1], n)}, of both {_share(both, n)}."
+        f"{hook_point}, α = {amount:g}, tokens it {kind}: {up} of {n} neurons move them up; beyond the 95 % range of "
+        f"random directions {_share(by_null[0], n)}, of other latents {_share(by_null[1], n)}, "
+        f"of both {_share(both, n)}."
     )
 
 
@@ -272,11 +276,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     where = options.everywhere
     before = log_probabilities(inspector, PROMPTS, [], everywhere=where)
     neurons = chosen(inspector.database)
-    kept: dict[tuple[str, float], list[Measured]] = {}
+    kept: dict[tuple[str, str, float], list[Measured]] = {}
     rows: list[dict[str, Any]] = []
     print(HEADER, flush=True)
     for amount in options.amounts:
         for neuron in neurons:
+            hook_point, _ = parse_neuron_id(neuron.neuron_id, inspector.saes)
             sets = {
                 "fires on": tokens_fired_on(examples.of(neuron.neuron_id), inspector.tokenizer),
                 "promotes": [token.token for token in inspector.promoted_tokens(neuron.neuron_id, N_TOKENS)],
@@ -286,11 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for (kind, ids), result in zip(sets.items(), results, strict=True):
                 texts = [inspector.tokenizer.decode([id]) for id in ids]
                 print(table_row(neuron, amount, kind, texts, result), flush=True)
-                kept.setdefault((kind, amount), []).append(result)
+                kept.setdefault((hook_point, kind, amount), []).append(result)
                 rows.append(_record(neuron, amount, kind, texts, result))
     print()
-    for (kind, amount), results in kept.items():
-        print(summary(kind, amount, results))
+    for (hook_point, kind, amount), results in sorted(kept.items(), key=lambda item: item[0]):
+        print(summary(hook_point, kind, amount, results))
     if options.json:
         options.json.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 

@@ -90,9 +90,6 @@ def _looking(page: Page, tab: InspectorTab, outputs: list[Any], controls: list[A
         chosen = seen._replace(index=int(event.value)) if seen else None
         return page.show(chosen, a, b, c, d, e, f)
 
-    def filtered(seen: Seen | None, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
-        return page.show(seen, a, b, c, d, e, f)[:3]  # which token is selected is not theirs to say
-
     def open_neuron(seen: Seen | None, language: str, event: gr.SelectData) -> Any:
         return page.open(str(event.value), language, seen, linked=True)
 
@@ -102,7 +99,7 @@ def _looking(page: Page, tab: InspectorTab, outputs: list[Any], controls: list[A
     domains, hook_point, above, words, listing = tab.filters
     chosen = [domains.input, hook_point.input, listing.input, language.change]  # type: ignore[attr-defined]
     changed = [*chosen, above.input, above.release, words.change]  # type: ignore[attr-defined]
-    gr.on(changed, filtered, places, [strip, headline, table], **LIGHT)
+    gr.on(changed, page.recolour, places, strip, **LIGHT)
 
 
 def _question(page: Page) -> tuple[list[Component], gr.Button, gr.Button]:

@@ -14,6 +14,7 @@ except ImportError:
         return function
 
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
@@ -161,6 +162,13 @@ class Page:
         shown = Filter(*values)
         strengths = seen.inspection.strengths(shown.colouring)
         return view.strip(seen.inspection, strengths, seen.index), *self._details(seen, shown, strengths), seen
+
+    def recolour(self, seen: Seen | None, *values: Any) -> Any:
+        """The strip in other colours, which then asks for what it shows of its token. values: the fields of Filter."""
+        if seen is None:
+            return gr.skip()
+        strip = view.strip(seen.inspection, seen.inspection.strengths(Filter(*values).colouring), seen.index)
+        return strip | {"recoloured": time.monotonic_ns()}  # never the same twice: the page asks again each time
 
     def select(self, seen: Seen | None, index: int, *values: Any) -> tuple[Any, ...]:
         """The headline, the table and Seen of the token that was clicked. values: the fields of Filter."""

@@ -60,19 +60,30 @@ function mark(index) {
   }
 }
 
+function marked() {
+  return buttons().findIndex((button) => button.getAttribute("aria-pressed") === "true");
+}
+
+function select(index) {
+  mark(index);
+  trigger("select", { index, value: index });
+}
+
+// Other colours leave the selected token as it is: its click may be newer than they are. What is shown of it is asked
+// for under the filters of now.
 function render() {
-  const { sections = [], selected = 0, message = "" } = props.value || {};
+  const { sections = [], selected = 0, message = "", recoloured = 0 } = props.value || {};
+  const clicked = marked();
   strip.replaceChildren(...sections.map(sectionOf));
   if (!sections.length) strip.textContent = message;
-  mark(selected);
+  mark(recoloured && clicked >= 0 ? clicked : selected);
+  if (recoloured) select(marked());
 }
 
 strip.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (!button) return;
-  const index = Number(button.dataset.index);
-  mark(index);
-  trigger("select", { index, value: index });
+  select(Number(button.dataset.index));
 });
 
 strip.addEventListener("keydown", (event) => {

@@ -18,20 +18,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))  # t
 script = importlib.import_module("measure_steering")
 
 
-def row(latent: int, score: float | None, explanation: str | None, concept: str | None = None) -> dict[str, Any]:
+def row(
+    latent: int, score: float | None, explanation: str | None, concept: str | None = None, hook_point: str = FIRST
+) -> dict[str, Any]:
     return {
-        "neuron_id": f"{FIRST}/{latent}",
+        "neuron_id": f"{hook_point}/{latent}",
         "score": score,
         "explanation": explanation,
         "concept": concept,
         "category": None,
-        "hook_point": FIRST,
+        "hook_point": hook_point,
         "domains": [],
     }
 
 
 def database(*rows: dict[str, Any]) -> NeuronDatabase:
-    return NeuronDatabase({row["neuron_id"]: row for row in rows}, {}, {}, {})
+    by_id = {row["neuron_id"]: row for row in rows}
+    return NeuronDatabase(by_id, by_id, {}, {})
 
 
 def test_neurons_are_chosen_by_whole_words_and_score():
@@ -44,8 +47,10 @@ def test_neurons_are_chosen_by_whole_words_and_score():
         row(6, 0.8, "sex and death"),  # of two subjects: the first
         row(7, 0.3, "The President"),
         *(row(i, 0.9 - i / 100, "sexual") for i in range(10, 17)),
+        row(9, 0.4, "murder", hook_point="layers.1"),  # of each hook point its own best
     )
     found = [(neuron.subject, int(neuron.neuron_id.split("/")[1])) for neuron in script.chosen(made)]
+    assert found.pop() == ("death", 9)
     sex = [10, 6, 11, 12, 13]  # the five best: scores of 0.80 (as 6, whose id is later), 0.80, 0.79, 0.78, 0.77
     assert found == [*(("sex", i) for i in sex), ("death", 5), ("death", 1), ("president", 7)]
 
@@ -126,7 +131,7 @@ def test_the_table_and_its_summary_say_what_was_found():
     )
     assert script.HEADER.count("|") == 2 * 11
     # Wilson's interval of 1 of 2 is 9 to 91 %, of 0 of 2 it is 0 to 66 %.
-    assert script.summary("fires on", 4, [up, down]) == (
-        "α = 4, tokens it fires on: 1 of 2 neurons move them up; beyond the 95 % range of random directions "
-        "1 of 2 [9%, 91%], of other latents 0 of 2 [0%, 66%], of both 0 of 2 [0%, 66%]."
+    assert script.summary(FIRST, "fires on", 4, [up, down]) == (
+        "layers.0.mlp, α = 4, tokens it fires on: 1 of 2 neurons move them up; beyond the 95 % range of "
+        "random directions 1 of 2 [9%, 91%], of other latents 0 of 2 [0%, 66%], of both 0 of 2 [0%, 66%]."
     )

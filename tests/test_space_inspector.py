@@ -208,6 +208,23 @@ def test_the_hook_point_narrows_colours_and_table(page: Any, inspection: Inspect
     assert pressed(page) == [str(busiest)]
 
 
+def test_a_filters_late_answer_does_not_undo_a_click(page: Any, inspection: Inspection, busiest: int):
+    ask(page, PROMPT)
+    late: list[tuple[Any, Any]] = []
+    page.route("**/gradio_api/run/**", lambda route: late.append((route, route.fetch())), times=1)
+    page.get_by_label("Hook point").locator("visible=true").click()
+    page.get_by_role("option", name="layers.1.mlp").click()
+    while not late:
+        page.wait_for_timeout(20)
+    select(page, busiest)
+    route, answer = late[0]
+    route.fulfill(response=answer)
+    expect_strengths(page, inspection.strengths(Where(hook_point="layers.1.mlp", above=0.2)))
+    expect_hits(page, inspection.hits(busiest, Where(hook_point="layers.1.mlp"), explained_only=True))
+    wait_for_token(page, busiest)
+    assert pressed(page) == [str(busiest)]
+
+
 def test_the_least_score_narrows_the_colours(page: Any, inspection: Inspection):
     """By the number box, also while it is empty, and by the keyboard: six steps of 0.05 from 0."""
     ask(page, PROMPT)
