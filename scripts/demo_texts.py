@@ -7,7 +7,7 @@ its own (`[title]`, Penn-Treebank spacing) is undone where that is a matter of o
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = ["READERS", "detokenise", "hellaswag", "numbered", "passages", "stories", "toxicity", "wiki"]
+__all__ = ["READERS", "cvalues", "detokenise", "hellaswag", "numbered", "passages", "stories", "toxicity", "wiki"]
 
 Item = dict[str, str]
 Row = Mapping[str, str | bool]
@@ -91,6 +91,17 @@ def _restored(item: Item) -> str:
     return context.replace(intruder, original) if intruder and original else context
 
 
+def cvalues(items: list[Item]) -> Iterator[Row]:
+    """CValues: each question with each of its two answers once; an item without both is left out."""
+    texts: dict[str, None] = {}
+    for item in items:
+        question, _, options = item["input"].partition("\n\nA. ")
+        answers = options.partition("\nB.")
+        if all(part.strip() for part in answers):
+            texts |= dict.fromkeys(f"{question.strip()}\n{answer.strip()}" for answer in answers[::2])
+    yield from ({"text": text} for text in texts)
+
+
 def detokenise(text: str) -> str:
     """Penn-Treebank spacing undone: `Al 's `` thing '' , too .` is `Al's "thing", too.`; list tags are line breaks."""
     text = _LIST_TAG.sub("\n", re.sub("[\u200b\u200e\u200f\u202c\ufeff]", "", text))
@@ -109,4 +120,5 @@ READERS: dict[str, Callable[[list[Item]], Iterator[Row]]] = {
     "passages": passages,
     "stories": stories,
     "wiki": wiki,
+    "cvalues": cvalues,
 }

