@@ -37,7 +37,8 @@ def parse_neuron_id(text: str, hook_points: Iterable[str]) -> tuple[str, int]:
         matching = [name for name in known if f".{short[1]}." in f".{name}."]
         if len(matching) == 1:
             return matching[0], int(short[2])
-    raise InputError(f"{text!r} is not a neuron here; ids look like {known[0] if known else 'layers.9.mlp'}/1234.")
+    example, places = (known[0], f" The hook points are {', '.join(known)}.") if known else ("layers.9.mlp", "")
+    raise InputError(f"{text!r} is not a neuron here; ids look like {example}/1234.{places}")
 
 
 def strength(score: float | None) -> str:

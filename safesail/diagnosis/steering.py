@@ -26,7 +26,7 @@ from safesail.diagnosis.inspector import Inspector
 from safesail.errors import InputError
 from safesail.lm.hooks import Step, check_hook_points, replace, steps
 from safesail.lm.tokens import ROLES, counted, special_ids
-from safesail.neurons import neuron_id, parse_neuron_id
+from safesail.neurons import neuron_id
 from safesail.sae.model import Sae
 from safesail.sae.norm import norm_of
 
@@ -77,7 +77,7 @@ def checked(inspector: Inspector, interventions: Sequence[Intervention]) -> list
     """The interventions with ids in full and no amount where there is none to give; InputError for what cannot be."""
     _sites(inspector, interventions)
     return [
-        Intervention(neuron_id(*_place(inspector, id)), kind, 0.0 if kind == "ablate" else float(amount))
+        Intervention(neuron_id(*inspector.place_of(id)), kind, 0.0 if kind == "ablate" else float(amount))
         for id, kind, amount in interventions
     ]
 
@@ -141,7 +141,7 @@ def _sites(inspector: Inspector, interventions: Sequence[Intervention]) -> dict[
     """The interventions by hook point, checked."""
     wanted: dict[str, list[tuple[int, float, bool]]] = {}
     for intervention in interventions:
-        hook_point, latent = _place(inspector, intervention.neuron_id)
+        hook_point, latent = inspector.place_of(intervention.neuron_id)
         if latent in [seen for seen, *_ in wanted.get(hook_point, [])]:
             raise InputError(f"{neuron_id(hook_point, latent)} is named twice; give one intervention a neuron.")
         target = _target(inspector, intervention, hook_point, latent)
@@ -158,18 +158,6 @@ def _site(sae: Sae, rows: list[tuple[int, float, bool]]) -> _Site:
         torch.tensor(targets, device=device, dtype=torch.float64).to(dtype),
         torch.tensor(holds, device=device).to(dtype),
     )
-
-
-def _place(inspector: Inspector, id: str) -> tuple[str, int]:
-    """The hook point and latent of an id of any latent of the release's SAEs."""
-    try:
-        hook_point, latent = parse_neuron_id(id, inspector.saes)
-    except InputError as error:
-        raise InputError(f"{error} The release has SAEs at {', '.join(inspector.saes)}.") from None
-    d_sae = inspector.saes[hook_point].config.d_sae
-    if latent >= d_sae:
-        raise InputError(f"{id} is not a neuron here: the latents of {hook_point} are 0 to {d_sae - 1}.")
-    return hook_point, latent
 
 
 def _target(inspector: Inspector, intervention: Intervention, hook_point: str, latent: int) -> float:
