@@ -1,17 +1,20 @@
-"""Whether attributed parents matter, and what a misspelt prompt loses.
+"""Whether attributed parents matter, and what the versions of a prompt lose.
 
     python scripts/measure_attribution.py runs/demo
+    python scripts/measure_attribution.py runs/bilingual --versions-only --drops zh
 
 Two Markdown tables. The first: of the strongest explained neurons of the last hook point on each of the prompts below,
 what share of the activation is lost when three earlier neurons are ablated at all tokens (the rest of the earlier
 activation, the SAE's error included, is kept): the three with the largest attribution, the three most active ones, and
-random ones among the other active ones. Intervals resample whole prompts. The second: what fires on the built-in
-prompts and not, or less, on their paraphrased and misspelt versions.
+random ones among the other active ones. Intervals resample whole prompts. The second: which of the neurons that fire on
+the built-in English prompts fire on their versions in other words, spellings and languages, beside the same versions of
+the two other prompts, and how well the model reads a version. The third: the largest drops.
 """
 
 import argparse
 import random
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +25,8 @@ import torch
 from safesail import Inspector
 from safesail.diagnosis.attribution import Parent, parents
 from safesail.diagnosis.interventions import Intervention, intervened
-from safesail.diagnosis.trajectories import case_study, drops, trajectories
+from safesail.diagnosis.results import Result
+from safesail.diagnosis.trajectories import Case, case_study, drops, trajectories
 from safesail.errors import InputError
 from safesail.metrics import Interval, pearson, ratio_of_sums
 
@@ -139,36 +143,64 @@ def percent(interval: Interval) -> str:
     return f"{shares[0]} % [{shares[1]}, {shares[2]}]" if len(shares) == 3 else "undefined"
 
 
-def drop_table(inspector: Inspector) -> list[str]:
-    """The Markdown lines of the second table, then the largest drops."""
+def kept_table(inspector: Inspector) -> list[str]:
+    """The Markdown lines of the second table: of the neurons with a domain that fire on a prompt, those that stay."""
     rows = [
-        "| prompt | version | bits, × plain | hook point | fire on plain | missing | weaker | stronger | new |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| prompt | version | reading | bits, × plain | hook point | fire on plain | also on the version | weaker | "
+        "also on the others' versions | new |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    largest: list[dict[str, Any]] = []
-    for case in case_study().values():
-        for label in ("paraphrase", "misspelt"):
-            prompts = {"plain": case.prompts["en"], label: case.prompts[label]}
-            result = trajectories(inspector, prompts, top=10_000, languages=dict.fromkeys(prompts, "en"))
-            times = result.facts["versions"][1]["reading"]["times_reference"]
-            table = [row for row in drops(result.rows, list(prompts)) if row["domains"]]
-            largest += [{**row, "case": case.name} for row in table if label == "misspelt"]
+    cases = list(case_study().values())
+    total: dict[tuple[str, str], Counter[str]] = {}
+    for case in cases:
+        for label in list(case.prompts)[1:]:
+            result, table = versions(inspector, case, case, label)
+            reading = result.facts["versions"][1]["reading"]
+            others = [versions(inspector, case, other, label)[1] for other in cases if other != case]
             for point in inspector.saes:
-                changes = [row["change"] for row in table if row["hook_point"] == point]
-                counts = [changes.count(change) for change in ("missing", "weaker", "stronger", "new")]
-                cells = [len(changes) - counts[3], *counts]
-                rows.append(f"| {case.name} | {label} | {times:.1f} | {point} | {' | '.join(map(str, cells))} |")
-    return [*rows, "", *_largest(largest)]
+                found = counts(table, point)
+                found["others"] = sum(counts(other, point)["kept"] for other in others)
+                total.setdefault((label, point), Counter()).update(found)
+                rows.append(
+                    _row(case.name, label, f"{reading['verdict']} | {reading['times_reference']:.1f}", point, found)
+                )
+    return rows + [_row("all", label, " | ", point, found) for (label, point), found in total.items()]
 
 
-def _largest(rows: list[dict[str, Any]]) -> list[str]:
-    head = ["| prompt | neuron | explanation | score | plain | misspelt | drop |", "|---|---|---|---|---|---|---|"]
-    table = []
+def _row(case: str, label: str, reading: str, point: str, found: Counter[str]) -> str:
+    by_chance = found["others"] / (len(case_study()) - 1)
+    numbers = f"{found['plain']} | {found['kept']} | {found['weaker']} | {by_chance:g} | {found['new']}"
+    return f"| {case} | {label} | {reading} | {point} | {numbers} |"
+
+
+def versions(inspector: Inspector, case: Case, other: Case, label: str) -> tuple[Result, list[dict[str, Any]]]:
+    """The trajectories of a case's English prompt beside a version of a case, and what its domain neurons lose."""
+    prompts = {"plain": case.prompts["en"], label: other.prompts[label]}
+    spoken = {"plain": "en", label: other.languages[label]}
+    result = trajectories(inspector, prompts, top=10_000, languages=spoken)
+    return result, [row for row in drops(result.rows, list(prompts)) if row["domains"]]
+
+
+def counts(table: Sequence[dict[str, Any]], hook_point: str) -> Counter[str]:
+    """How many neurons fire on the plain prompt, on the version too (kept), there weaker, and on the version alone."""
+    found = Counter[str](row["change"] for row in table if row["hook_point"] == hook_point)
+    n = found.total() - found["new"]
+    return Counter(plain=n, kept=n - found["missing"], weaker=found["weaker"], new=found["new"])
+
+
+def drop_table(inspector: Inspector, label: str) -> list[str]:
+    """The Markdown lines of the third table: the largest drops in one version of the prompts."""
+    cases = case_study().values()
+    rows = [{**row, "case": case.name} for case in cases for row in versions(inspector, case, case, label)[1]]
+    lines = [
+        f"| prompt | neuron | explanation | score | plain | {label} | drop |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in sorted(rows, key=lambda row: -row["drop"])[:12]:
         score = "undefined" if row["score"] is None else f"{row['score']:.2f}"
         numbers = " | ".join(f"{row[key]:.2f}" for key in ("in_reference", "in_version", "drop"))
-        table.append(f"| {row['case']} | {row['neuron_id']} | {row['explanation']} | {score} | {numbers} |")
-    return head + table
+        lines.append(f"| {row['case']} | {row['neuron_id']} | {row['explanation']} | {score} | {numbers} |")
+    return lines
 
 
 def main() -> int:
@@ -176,12 +208,17 @@ def main() -> int:
     parser.add_argument("release", help="a run folder, or the Hub name of a release")
     parser.add_argument("--model", help="load the language model from here")
     parser.add_argument("--seed", type=int, default=0, help="of the random parents (default 0)")
+    parser.add_argument("--versions-only", action="store_true", help="without the first table, which takes minutes")
+    labels = list(next(iter(case_study().values())).prompts)[1:]
+    parser.add_argument("--drops", choices=labels, default="misspelt", help="the version of the third table")
     arguments = parser.parse_args()
     try:
         inspector = Inspector.from_pretrained(arguments.release, model=arguments.model)
-        chance = random.Random(arguments.seed)
-        done = [loss for prompt in PROMPTS for loss in losses(inspector, prompt, chance)]
-        print("\n".join([*ablation_table(done), "", *drop_table(inspector)]))
+        if not arguments.versions_only:
+            chance = random.Random(arguments.seed)
+            done = [loss for prompt in PROMPTS for loss in losses(inspector, prompt, chance)]
+            print("\n".join([*ablation_table(done), ""]))
+        print("\n".join([*kept_table(inspector), "", *drop_table(inspector, arguments.drops)]))
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2

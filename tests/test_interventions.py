@@ -473,7 +473,10 @@ def test_a_model_that_overflows_by_itself_is_said_to(inspector: Inspector):
 
 REFUSED = {
     "no such hook point": ([Intervention("layers.7.mlp/3", "steer", 1)], "hook points are layers.0.mlp, layers.1.mlp"),
-    "no such latent": ([Intervention(f"{FIRST}/24", "steer", 1)], "layers.0.mlp has no latent 24; its latents are 0 to 23"),
+    "no such latent": (
+        [Intervention(f"{FIRST}/24", "steer", 1)],
+        "layers.0.mlp has no latent 24; its latents are 0 to 23",
+    ),
     "no neuron": ([Intervention("murder", "steer", 1)], "'murder' is not a neuron here"),
     "twice": ([Intervention("0_3", "steer", 1), Intervention(f"{FIRST}/3", "ablate")], "layers.0.mlp/3 is named twice"),
     "never fired": ([Intervention(f"{FIRST}/{NEVER}", "steer", 1)], "never fired in the corpus, so there is no norm"),
