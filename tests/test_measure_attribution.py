@@ -4,7 +4,6 @@ import importlib
 import sys
 from pathlib import Path
 
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))  # the scripts are no package
 script = importlib.import_module("measure_attribution")
 
