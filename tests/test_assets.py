@@ -204,6 +204,13 @@ def test_an_unknown_kind_is_refused(tmp_path: Path):
         fetch_assets.load_plan(plan)
 
 
+def test_a_plan_that_is_not_there_is_named_with_those_that_are(tmp_path: Path):
+    with pytest.raises(
+        InputError, match=r"no plan .*gone\.toml; the shipped ones are hub/assets-bilingual\.toml, hub/a"
+    ):
+        fetch_assets.load_plan(tmp_path / "gone.toml")
+
+
 # the archive
 
 
