@@ -3,8 +3,8 @@
     python scripts/measure_attribution.py runs/demo
     python scripts/measure_attribution.py runs/bilingual --versions-only --drops zh
 
-Three Markdown tables. The first: of the strongest explained neurons of the last hook point on each of the prompts below,
-what share of the activation is lost when three earlier neurons are ablated at all tokens (the rest of the earlier
+Three Markdown tables. The first: of the strongest explained neurons of the last hook point on each prompt below, what
+share of the activation is lost when three earlier neurons are ablated at all tokens (the rest of the earlier
 activation, the SAE's error included, is kept): the three with the largest attribution, the three most active ones, and
 random ones among the other active ones. Intervals resample whole prompts. The second: which of the neurons that fire on
 the built-in English prompts fire on their versions in other words, spellings and languages, beside the same versions of
