@@ -9,9 +9,11 @@
     click     from a mouse click on a token to its table in the document, timed by the page's own clock
     load      visitors at once, through gradio_client and as the page's script does; then a queue that is full
     memory    resident memory of the server, what it keeps of a visitor, and whether the first visitors are let go
+    diagnosis from asking to the result on each page of the diagnosis, for texts of 60 tokens
 
-Every part serves the release anew on a free port of this machine, except `inspect`, which runs in this process. The
-browser is chromium without a window, driven by playwright; where either is missing, what needs them is left out.
+Every part serves the release anew on a free port of this machine, except `inspect` and `diagnosis`, which run in this
+process. The browser is chromium without a window, driven by playwright; where either is missing, what needs them is
+left out.
 """
 
 import argparse
@@ -46,9 +48,9 @@ from safesail.lm.generate import end_ids, stream
 from safesail.lm.tokens import spans
 from safesail.neurons import WEAK_BELOW
 
-START_SECONDS, ADDED, CLICK_MS, MEMORY_MIB = 15.0, 1.25, 150.0, 2048.0
-"""The limits: a usable page, an inspection against the model's own forward, a click's median, and the server's resident
-memory with the embedded model, whatever its visitors ask."""
+START_SECONDS, ADDED, CLICK_MS, MEMORY_MIB, DIAGNOSIS_SECONDS = 15.0, 1.25, 150.0, 2048.0, 5.0
+"""The limits: a usable page, an inspection against the model's own forward, a click's median, the server's resident
+memory with the embedded model, whatever its visitors ask, and a page of the diagnosis."""
 TEXT = (
     "After the election the president spoke about the bomb that the police had found near a school, and a reporter "
     "asked why nobody was arrested. My neighbour, who writes novels about murder, said that the government hides most "
@@ -520,9 +522,71 @@ def _answered(visitor: Visitor, prompt: str, new_tokens: int) -> None:
         raise InputError("a visitor alone got no answer; run the same prompt in the page to see why.")
 
 
+# diagnosis
+
+
+def diagnosis(bench: Bench) -> list[Record]:
+    """Seconds of each page's work, the median of a few rounds. What is made once, or of a long list, has no limit."""
+    inspector, n, new = bench.inspector, bench.options.text, bench.options.new
+    text, other = (prompt_of(n, lambda text: len(inspector.encode(text)), words) for words in (TEXT, _backwards(TEXT)))
+    made = space_module("diagnosis").Diagnosis(bench.page)
+    neuron, rounds = _last_firing(inspector, text), max(bench.options.rounds // 3, 1)
+    works: list[tuple[str, float | None, int, Callable[[], str | Iterator[str]]]] = [
+        ("the first text in the monitor, which calibrates it", None, 1, lambda: made.risks(text, 0.5)),
+        (f"a text of {n} tokens in the monitor", DIAGNOSIS_SECONDS, rounds, lambda: made.risks(text, 0.5)),
+        (
+            f"trajectories of two texts of {n} tokens",
+            DIAGNOSIS_SECONDS,
+            rounds,
+            lambda: made.trajectories("domain", 0, "a", text, "b", other),
+        ),
+        (f"what leads to a neuron on {n} tokens", DIAGNOSIS_SECONDS, rounds, lambda: made.graph(text, neuron)),
+        (
+            f"two answers of {new} tokens to {n}",
+            DIAGNOSIS_SECONDS,
+            rounds,
+            lambda: made.answers(text, "chat", neuron, "steer", 4.0, new, 0.0, 0),
+        ),
+        ("knowledge of the shipped names", None, 1, lambda: made.knowledge(neuron, "presidents", "")),
+    ]
+    return [_page_figure(f"{what} (s)", limit, times, work) for what, limit, times, work in works]
+
+
+def _page_figure(what: str, limit: float | None, rounds: int, work: Callable[[], str | Iterator[str]]) -> Record:
+    """The median seconds of a page's work; where the page says instead why it cannot, that."""
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        shown = work()
+        last = shown if isinstance(shown, str) else list(shown)[-1]
+        seconds.append(time.perf_counter() - start)
+        if "<article" not in last:
+            return figure(f"{what}: left out, the page says {last}", None, limit)
+    return figure(what, statistics.median(seconds), limit)
+
+
+def _backwards(text: str) -> str:
+    return " ".join(reversed(text.split()))
+
+
+def _last_firing(inspector: Inspector, text: str) -> str:
+    """The neuron that fires most, for its size, at the last hook point."""
+    inspection = inspector.inspect(text)
+    last = list(inspector.saes)[-1]
+    hits = [hit for i in range(len(inspection.units)) for hit in inspection.hits(i) if hit.hook_point == last]
+    return max(hits, key=lambda hit: hit.normalised or 0.0).neuron_id
+
+
 # the command line
 
-PARTS = {"start": start, "inspect": inspect, "click": click, "load": load, "memory": memory}
+PARTS = {
+    "start": start,
+    "inspect": inspect,
+    "click": click,
+    "load": load,
+    "memory": memory,
+    "diagnosis": diagnosis,
+}
 
 
 def parts_wanted(text: str) -> list[str]:
@@ -560,6 +624,8 @@ def main() -> int:
     parser.add_argument("--visitors", type=int, default=20, help="visitors at once (default 20)")
     parser.add_argument("--hold", type=int, default=2, help="visitors whose long answers keep the queue full (2)")
     parser.add_argument("--kept", type=int, default=6, help="visitors with the largest conversation (default 6)")
+    parser.add_argument("--text", type=int, default=60, help="tokens of a text of the diagnosis (default 60)")
+    parser.add_argument("--new", type=int, default=32, help="tokens of an answer under an intervention (default 32)")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the server is ended as well
     return benchmark.run_script(parser, measure)
 
