@@ -52,7 +52,7 @@ def inspector_tab(page: Page, language: Component) -> InspectorTab:
         filters = _filters(page)
         headline = gr.HTML("", js_on_load=None, elem_id="headline")
         with gr.Row():
-            with gr.Column(scale=3, min_width=330):
+            with gr.Column(scale=3, min_width=500):
                 table = linked_html("neurons")
             panel = neuron_panel(page, "inspector", language)
         gr.Markdown(READING)

@@ -19,7 +19,7 @@ def answers_html(result: Result) -> Markup:
     """A result of `answers_under` on one prompt."""
     (row,) = result.rows
     equal, longest = row["n_equal_ids"], max(len(row["ids_unchanged"]), len(row["ids_changed"]))
-    same = "The answer is the same, token by token." if equal == longest else f"The first {equal} tokens are the same."
+    same = "The answer is the same, token by token." if equal == longest else f"The same tokens at the start: {equal}."
     answers = tag(
         "div",
         _answer("Unchanged", row["answer_unchanged"], row["declines_unchanged"]),

@@ -23,7 +23,7 @@ def neurons_tab(page: Page, language: Component) -> NeuronsTab:
     text, domains, category, hook_point, above = filters = _filters(page)
     counts = linked_html("facets")
     with gr.Row():
-        with gr.Column(scale=3, min_width=330):
+        with gr.Column(scale=3, min_width=500):
             table = linked_html("found")
             more = gr.Button(f"Show {PAGE} more", visible=False, elem_id="more")
         panel = neuron_panel(page, "neurons", language, linked=False)

@@ -551,7 +551,7 @@ def test_the_verb_prints_both_answers_and_stores_the_table(verb: Any, inspector:
     assert row["prompt_ids"] == inspector.encode([{"role": "user", "content": "Where is the river?"}])
     assert [change["amount"] for change in row["interventions"]] == [8.0, 8.0]
     assert said.output.splitlines()[0] == "prompt     Where is the river?"
-    assert f"the answers begin with {row['n_equal_ids']} equal tokens of {len(row['ids_unchanged'])}" in said.output
+    assert f"equal tokens at their start: {row['n_equal_ids']} of {len(row['ids_unchanged'])}" in said.output
     assert CAVEAT in said.output
     assert said.output.endswith(f"stored: {stored}\n")
 

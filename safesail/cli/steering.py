@@ -117,7 +117,7 @@ def _lines(result: Any) -> Iterator[str]:
         for side in ("unchanged", "changed"):
             text, note = visible(row[f"answer_{side}"]), "  [declines]" if row[f"declines_{side}"] else ""
             yield f"{side:9}  {text if one else text[:_SHOWN]}{note}"
-        yield f"           the answers begin with {row['n_equal_ids']} equal tokens of {len(row['ids_unchanged'])}"
+        yield f"           equal tokens at their start: {row['n_equal_ids']} of {len(row['ids_unchanged'])}"
     if one:
         yield from _token_lines(result.rows[0]["next_tokens"])
     if "declining" in result.facts:
