@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safesail.lm.embed import SentenceEncoder
 from safesail.lm.generate import chat_prompt, complete, end_ids, stream
 from safesail.lm.hooks import capture, check_hook_points, replace, run_to_depth
 from safesail.lm.load import causal_lm, files_fingerprint, load_tokenizer, model_fingerprint, tokenizer_hash
+from safesail.lm.size import lm_size
 from safesail.lm.tokens import counted, spans, special_ids, token_bytes
 from safesail.recipe import CorpusSection, TokenPolicy
 from safesail.taxonomy import Taxonomy
@@ -736,6 +739,17 @@ def test_an_encoder_folder_that_lacks_a_file_says_so(tiny_encoder: Path, tmp_pat
 def test_a_model_folder_that_does_not_exist_is_named(path: str):
     with pytest.raises(InputError, match=f"the model folder {path} does not exist"):
         causal_lm(path)
+
+
+def test_models_that_threads_load_at_once_leave_transformers_as_it_was(tiny_model: Path, tiny_encoder: Path):
+    from transformers import PreTrainedModel
+
+    tie, jobs = PreTrainedModel.tie_weights, [causal_lm, SentenceEncoder, partial(lm_size, hook_points=(), window=4)]
+    with ThreadPoolExecutor(8) as threads:
+        paths = {SentenceEncoder: str(tiny_encoder)}
+        done = [threads.submit(job, paths.get(job, str(tiny_model))) for job in jobs * 4]
+        assert {future.result().n_parameters for future in done[2::3]} == {lm_size(str(tiny_model), (), 4).n_parameters}
+    assert PreTrainedModel.tie_weights is tie
 
 
 def test_damaged_weights_are_an_input_error(tiny_model: Path, tmp_path: Path):

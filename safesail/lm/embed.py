@@ -5,11 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
-from safesail.errors import InputError
-from safesail.lm.load import check_complete, check_weights, first_line, load_tokenizer, no_loading_bars
+from safesail.lm.load import check_complete, check_weights, load_tokenizer, loading
 
 __all__ = ["SentenceEncoder"]
 
@@ -21,11 +19,8 @@ class SentenceEncoder:
         from transformers import AutoModel
 
         check_weights(path)
-        no_loading_bars()
-        try:
+        with loading(f"the sentence encoder {path} cannot be loaded"):
             model, report = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise InputError(f"the sentence encoder {path} cannot be loaded: {first_line(error)}") from error
         check_complete(path, {"missing_keys": [key for key in report["missing_keys"] if "pooler" not in key]})
         self._model: Any = model.eval().requires_grad_(False)
         self._tokenizer = load_tokenizer(path)

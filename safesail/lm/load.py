@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,12 @@ __all__ = [
     "files_fingerprint",
     "first_line",
     "load_tokenizer",
+    "loading",
     "model_fingerprint",
-    "no_loading_bars",
     "tokenizer_hash",
 ]
 
+_ONE_AT_A_TIME = threading.RLock()
 _BLOCK = 1 << 16
 
 
@@ -40,13 +44,10 @@ def causal_lm(
     from transformers import AutoModelForCausalLM
 
     check_weights(path)
-    no_loading_bars()
-    try:
+    with loading(f"the model {path} cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, output_loading_info=True, **hub
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"the model {path} cannot be loaded: {first_line(error)}") from error
     model, report = loaded
     check_complete(path, report)
     return model.to(device).eval().requires_grad_(False)
@@ -122,11 +123,21 @@ def check_complete(path: str, report: dict[str, Any]) -> None:
         raise InputError(f"the weights of {path} lack {shown}; the checkpoint is incomplete, fetch or save it again.")
 
 
-def no_loading_bars() -> None:
-    """Keep transformers' own bars out of ours."""
+@contextmanager
+def loading(complaint: str) -> Iterator[None]:
+    """Around every making of a model by transformers; its errors become an InputError that begins with the complaint.
+
+    One at a time in a process: meanwhile transformers replaces the `tie_weights` of every model, and two threads that
+    load at once can leave it replaced, so that tied weights of all later models stay random. Its bars are kept out.
+    """
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    with _ONE_AT_A_TIME:
+        logging.disable_progress_bar()
+        try:
+            yield
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{complaint}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

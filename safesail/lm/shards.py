@@ -15,8 +15,20 @@ from safesail.errors import InputError
 from safesail.files import write_tensors
 from safesail.run import write_json
 
-__all__ = ["checksum", "damaged", "is_whole", "read_facts", "recorded_checksum", "shard_file", "write_shard"]
+__all__ = [
+    "MADE_ANEW",
+    "checksum",
+    "checksum_or_none",
+    "damaged",
+    "is_whole",
+    "read_facts",
+    "recorded_checksum",
+    "shard_file",
+    "write_shard",
+]
 
+MADE_ANEW = "`safesail harvest RUN --force`, of a reward model `safesail reward RUN --until harvest --force`"
+"""The commands that make a harvest anew, for messages of what does not know its run."""
 _PIECES, _FACTS = "pieces.parquet", "harvest.json"
 
 
@@ -58,9 +70,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder / _FACTS} cannot be read ({error}); make the harvest anew with `safesail harvest RUN --force`."
-        ) from error
+        raise InputError(f"{folder / _FACTS} cannot be read ({error}); make the harvest anew: {MADE_ANEW}.") from error
 
 
 def damaged(folder: Path, progress: Callable[[int], Any] = lambda n: None) -> list[int]:
@@ -69,20 +79,19 @@ def damaged(folder: Path, progress: Callable[[int], Any] = lambda n: None) -> li
     `progress` is told the bytes read. A damaged table of pieces is an InputError: nothing could be made again from it.
     """
     facts = read_facts(folder)
-    if facts.get("pieces_sha256") not in (None, _checksum_of(folder / _PIECES)):
-        raise InputError(
-            f"{folder / _PIECES} is damaged or missing; make the harvest anew with `safesail harvest RUN --force`."
-        )
+    if facts.get("pieces_sha256") not in (None, checksum_or_none(folder / _PIECES)):
+        raise InputError(f"{folder / _PIECES} is damaged or missing; make the harvest anew: {MADE_ANEW}.")
     found = []
     for number, expected in enumerate(facts.get("sha256_of_shards", [])):
         path = shard_file(folder, number)
-        if _checksum_of(path) != expected:
+        if checksum_or_none(path) != expected:
             found.append(number)
         progress(path.stat().st_size if path.is_file() else 0)
     return found
 
 
-def _checksum_of(path: Path) -> str | None:
+def checksum_or_none(path: Path) -> str | None:
+    """The checksum of a file; None where there is none."""
     return checksum(path) if path.is_file() else None
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from safesail.errors import InputError
 from safesail.lm.hooks import check_hook_points, module_at, run_to_depth
-from safesail.lm.load import check_folder, first_line
+from safesail.lm.load import check_folder, first_line, loading
 
 __all__ = ["LmSize", "config_of", "lm_size"]
 
@@ -68,12 +68,9 @@ def _on_meta(path: str, revision: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = config_of(path, revision)
-    try:
-        with torch.device("meta"):
-            # experts as one batched product over those that a token is sent to: the other ways look at the data
-            return AutoModelForCausalLM.from_config(config, experts_implementation="batched_mm").eval()
-    except (OSError, ValueError) as error:
-        raise InputError(f"the config of the model {path} cannot be read: {first_line(error)}") from error
+    with loading(f"the config of the model {path} cannot be read"), torch.device("meta"):
+        # experts as one batched product over those that a token is sent to: the other ways look at the data
+        return AutoModelForCausalLM.from_config(config, experts_implementation="batched_mm").eval()
 
 
 def _count(model: Any, hook_point: str, window: int) -> tuple[float, int]:

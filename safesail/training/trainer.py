@@ -19,6 +19,7 @@ from torch import Tensor
 from safesail.distributed import ALONE, Ranks, device
 from safesail.errors import InputError
 from safesail.files import replacing, write_tensors
+from safesail.lm.shards import MADE_ANEW
 from safesail.progress import bar
 from safesail.recipe import BaseRecipe
 from safesail.run import StageWork
@@ -171,8 +172,7 @@ class _Group:
             if not totals[name].isfinite():
                 raise InputError(
                     f"{trainer.config.sae_id} cannot take step {step:,} of {self.n_steps:,}: the batch holds values "
-                    f"that are not finite. {self.checkpoint.where()} Make the harvest anew with "
-                    "`safesail harvest RUN --force`."
+                    f"that are not finite. {self.checkpoint.where()} Make the harvest anew: {MADE_ANEW}."
                 )
             try:
                 yield trainer.step(inputs[name], totals[name])
