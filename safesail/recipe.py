@@ -16,6 +16,7 @@ __all__ = [
     "Architecture",
     "AskedSection",
     "BaseRecipe",
+    "BaseSource",
     "CorpusSection",
     "Count",
     "Fraction",
@@ -82,17 +83,14 @@ class TokenPolicy(Section):
     texts have no role and always count."""
 
 
-class Source(Section):
-    """One text source: a local json, jsonl, parquet, csv or text file, or a Hub dataset id."""
+class BaseSource(Section):
+    """Where rows come from: a local file, or a Hub dataset id."""
 
     path: str
-    weight: float = Field(default=1.0, gt=0)
-    field: str = "text"
-    """The field that holds the text, or a conversation: a list of {role, content}, put through the chat template."""
-    about: str | None = None
-    """A domain of the taxonomy: keep only texts holding one of its words."""
     name: str | None = None
+    """A config of a Hub data set."""
     split: str = "train"
+    """A split of a Hub data set."""
     licence: str = ""
     origin: str = ""
     """What the cards call this source; empty: the Hub id or the file's name."""
@@ -100,6 +98,16 @@ class Source(Section):
     @property
     def title(self) -> str:
         return self.origin or _public_name(self.path)
+
+
+class Source(BaseSource):
+    """One text source: a local json, jsonl, parquet, csv or text file, or a Hub dataset id."""
+
+    weight: float = Field(default=1.0, gt=0)
+    field: str = "text"
+    """The field that holds the text, or a conversation: a list of {role, content}, put through the chat template."""
+    about: str | None = None
+    """A domain of the taxonomy: keep only texts holding one of its words."""
 
 
 class CorpusSection(Section):
@@ -468,11 +476,23 @@ def _set(data: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
     *parents, last = path.strip().split(".")
+    place: Any = data
     for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
+        place = place.setdefault(parent, {}) if isinstance(place, dict) else place[_entry(place, parent, override)]
+        if not isinstance(place, dict | list):
             raise InputError(f"--set {override!r}: {parent} is a value, not a section.")
-    data[last] = value
+    if isinstance(place, dict):
+        place[last] = value
+    else:
+        place[_entry(place, last, override)] = value
+
+
+def _entry(entries: list[Any], name: str, override: str) -> int:
+    """Which entry of a list a name means: `0` is the first."""
+    if not name.isdecimal() or int(name) >= len(entries):
+        there = f"there are {len(entries)}, counted from 0" if entries else "the list is empty"
+        raise InputError(f"--set {override!r}: {name!r} is not the number of an entry of the list; {there}.")
+    return int(name)
 
 
 def _sentences(error: ValidationError, root: type[BaseModel]) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from safesail.recipe import (
     AskedSection,
     BaseRecipe,
+    BaseSource,
     Count,
     Fraction,
     Natural,
@@ -22,7 +23,6 @@ from safesail.recipe import (
     TrainSection,
     recipe_data,
 )
-from safesail.recipe import Source as TextSource
 
 __all__ = [
     "POISONED_CONSENT",
@@ -45,30 +45,19 @@ POISONED_CONSENT = "publish the poisoned data, gated, to test defences"
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 
 
-class PreferenceSource(Section):
+class PreferenceSource(BaseSource):
     """One source of pairs: a local json, jsonl, parquet or csv file, or a Hub dataset id.
 
     A row has `chosen` and `rejected`: two answers to its `prompt` (a text, or a list of {role, content}), or two whole
     conversations (lists of {role, content}, or texts of turns that begin with "Human:" and "Assistant:").
     """
 
-    path: str
     kind: Literal["safety", "chat"]
     """What a pair is about: which answer is safe, or which one is good. Accuracies are reported apart."""
     n_pairs: Count | None = None
     """Take so many, drawn by the recipe's seed; empty: all."""
-    name: str | None = None
-    """A config of a Hub data set."""
     data_dir: str | None = None
     """A folder of a Hub data set."""
-    split: str = "train"
-    licence: str = ""
-    origin: str = ""
-    """What the cards call this source; empty: the Hub id or the file's name."""
-
-    @property
-    def title(self) -> str:
-        return TextSource(path=self.path, origin=self.origin).title
 
 
 class PreferencesSection(Section):

@@ -17,7 +17,7 @@ from safesail.lm.tokens import special_ids
 from safesail.recipe import TokenPolicy
 from safesail.reward_recipe import RewardRecipe
 from safesail.rewards import ends as module
-from safesail.rewards.ends import Ends, ends_stage, latents_at
+from safesail.rewards.ends import Ends, check_ends, ends_stage, latents_at
 from safesail.rewards.model import RewardModel
 from safesail.rewards.preferences import SIDES, Preference
 from safesail.rewards.segments import segment_ends
@@ -272,6 +272,22 @@ def test_activations_that_cannot_be_stored_stop_or_are_left_out(
 def test_ends_that_are_not_there_are_asked_for(tmp_path: Path):
     with pytest.raises(InputError, match=r"ends\.json cannot be read .*; remove .* and run the recipe again"):
         Ends(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "ends.parquet"])
+def test_finished_ends_that_were_changed_are_found(
+    name: str, recipe: RewardRecipe, preferences: list[Preference], reward_model: RewardModel, tmp_path: Path
+):
+    made(recipe, preferences, reward_model, tmp_path)
+    check_ends(tmp_path, "safesail make")
+    content = bytearray((tmp_path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name} is damaged or missing; .* anew: `safesail make --force`"):
+        check_ends(tmp_path, "safesail make")
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=rf"{name} is damaged or missing"):
+        check_ends(tmp_path, "safesail make")
 
 
 # --- in the place of a harvest ------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from safesail import Recipe
+from safesail.assets import asset
 from safesail.errors import InputError
 from safesail.reward_recipe import PreferencesSection, RewardRecipe
 from safesail.rewards import preferences as module
-from safesail.rewards.preferences import Preference, gather, preferences_stage, read_preferences
+from safesail.rewards.preferences import Preference, gather, n_pairs, preferences_stage, read_preferences
 from safesail.run import StageWork
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -289,6 +291,21 @@ def test_the_stage_writes_what_it_reads_again_and_counts(tmp_path: Path):
     before = (tmp_path / "preferences.parquet").read_bytes()
     preferences_stage(recipe, StageWork(tmp_path))
     assert (tmp_path / "preferences.parquet").read_bytes() == before
+
+
+def test_a_plan_counts_the_pairs_of_local_files_and_those_that_are_asked_of_the_hub(tmp_path: Path):
+    local = {"path": write(tmp_path, [*pairs(12), {"prompt": "q", "chosen": "", "rejected": "a"}]), "kind": "safety"}
+    hub = {"path": "org/pairs", "kind": "chat"}
+    nowhere = tmp_path / "scratch"
+    assert n_pairs(recipe_with({"sources": [local], "bad_pairs": "skip"}), nowhere) == 12
+    assert n_pairs(recipe_with({"sources": [local, {**hub, "n_pairs": 7}], "bad_pairs": "skip"}), nowhere) == 19
+    assert n_pairs(recipe_with({"sources": [local, hub], "bad_pairs": "skip"}), nowhere) is None
+    with pytest.raises(InputError, match="row 13 has an empty side"):
+        n_pairs(recipe_with({"sources": [local]}), nowhere)
+    gathered = recipe_with({"sources": [{**local, "n_pairs": 5}], "bad_pairs": "skip", "held_out": 0.5})
+    preferences_stage(gathered, StageWork(tmp_path))
+    assert n_pairs(recipe_with({"sources": [{**hub, "kind": "safety"}]}), tmp_path) == 5
+    assert n_pairs(Recipe.load(asset("hub/recipes/demo.toml")), nowhere) is None
 
 
 def recipe_with(preferences: dict[str, Any]) -> RewardRecipe:

@@ -167,6 +167,13 @@ def test_an_override_is_read_as_toml_or_else_as_text(load: Any, override: str, s
     assert getattr(getattr(load(override), section), key) == value
 
 
+def test_an_override_reaches_an_entry_of_a_list_by_its_number(load: Any):
+    first, second = load("corpus.sources.1.path=c.jsonl", "corpus.sources.1.weight=3").corpus.sources
+    assert (first.path, first.weight) == ("a.jsonl", 1.0)
+    assert (second.path, second.weight) == ("c.jsonl", 3.0)
+    assert load("train.k.0=2").train.k == (2, 8)
+
+
 def test_overrides_reach_the_top_level_and_the_last_one_wins(load: Any):
     assert load("seed=3", "seed=4").seed == 4
 
@@ -178,6 +185,11 @@ def test_overrides_reach_the_top_level_and_the_last_one_wins(load: Any):
         ("=3", "'=3' is not of the form"),
         ("seed.deep=3", r"seed is a value, not a section|seed: "),
         ("name.deep=3", "name is a value, not a section"),
+        ("train.k.0.deep=3", "0 is a value, not a section"),
+        ("corpus.sources.2.path=c", "'2' is not the number of an entry of the list; there are 2, counted from 0"),
+        ("corpus.sources.-1.path=c", "'-1' is not the number of an entry"),
+        ("corpus.sources.first.path=c", "'first' is not the number of an entry"),
+        ("train.k.2=3", "'2' is not the number of an entry of the list; there are 2"),
     ],
 )
 def test_an_override_of_another_form_is_refused(load: Any, override: str, message: str):

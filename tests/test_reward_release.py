@@ -423,9 +423,9 @@ def test_on_the_hub_the_findings_are_those_of_the_folder(made: Path, tmp_path: P
     assert [row[:3] for row in findings] == [row[:3] for row in verify(made)]
 
 
-def test_numbers_of_a_reward_models_release_are_not_recomputed(made: Path):
-    with pytest.raises(InputError, match="--recompute is for those of a language model"):
-        verify(made, recompute=True)
+def test_another_model_than_the_releases_own_is_refused(made: Path):
+    with pytest.raises(InputError, match="is a release of a reward model, which it brings itself; leave --model out"):
+        verify(made, recompute=True, model="org/model")
 
 
 def table(name: str, **changed: Any) -> Callable[[Path], None]:
@@ -436,6 +436,26 @@ def table(name: str, **changed: Any) -> Callable[[Path], None]:
 
 def without(name: str, at: int = 0) -> Callable[[Path], None]:
     return lambda release: edit_rows(release / f"{name}.parquet", lambda rows: rows.pop(at))
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("salience/salience/train", "salience"),
+        ("salience/scores/train", "margin"),
+        ("salience/edits/train", "pair_id"),
+        ("salience/comparison/train", "n_edited"),
+        ("preferences/pairs/test", "chosen"),
+        ("preferences/contexts/train", "latent"),
+        ("preferences/ratings/train", "status"),
+        ("poisoned/poisoned-0.2/train", "prompt"),
+    ],
+)
+def test_an_empty_place_where_every_row_has_a_value_is_found(copy: Path, name: str, column: str):
+    part, _, file = name.partition("/")
+    table(name, **{column: None})(copy)
+    fails = by_status(verify(copy), "fails")
+    assert fails[part, "schema"] == f"{file}.parquet has an empty place in its column {column}."
 
 
 def twice(name: str) -> Callable[[Path], None]:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_verify import by_status, edit_json, edit_rows
 
+from safesail.release.verify import verify
 from safesail.run import REWARD_STAGES, Run
 from safesail.sae.model import Sae
 
@@ -149,6 +152,95 @@ def test_the_release_is_read_by_the_tools_people_use(run: Path):
 def test_the_release_holds_what_verify_asks_for(run: Path):
     findings = json.loads(said("verify", str(run), "--json"))
     assert not [finding for finding in findings["findings"] if finding["status"] == "fails"]
+
+
+COMPUTED = {
+    ("reward", "recomputed: accuracies"),
+    ("salience", "recomputed: validity"),
+    ("salience", "recomputed: edits"),
+    ("reward", "recomputed: rewards"),
+    ("saes", "recomputed: fidelity"),
+    ("salience", "recomputed: salience"),
+    ("salience", "recomputed: intervals"),
+    ("salience", "recomputed: scores"),
+}
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """The release as others have it, without the run that made it."""
+    for part in PARTS:
+        shutil.copytree(run / part, tmp_path / "copy" / part)
+    return tmp_path / "copy"
+
+
+def test_what_a_run_published_is_computed_again(copy: Path):
+    findings = verify(copy, recompute=True)
+    assert by_status(findings, "fails") == {}
+    holds = by_status(findings, "holds")
+    assert holds.keys() >= COMPUTED
+    assert re.search(r"EV published (\S+), computed \1$", holds["saes", "recomputed: fidelity"])
+    assert set(by_status(findings, "skipped")) == {
+        ("release", "recomputed: ratings"),
+        ("release", "recomputed: comparison"),
+    }
+
+
+def test_each_computed_number_that_was_changed_is_found(copy: Path):
+    def salience(rows: list[dict[str, Any]]) -> None:
+        rows[0]["h_chosen"] *= 1.1
+        rows[1]["low"] -= 0.1
+
+    def scores(rows: list[dict[str, Any]]) -> None:
+        rows[0]["reward_chosen"] += 0.1
+        rows[0]["safe_rejected"] += 1.0
+        rows[1]["n_chosen"] += 1
+
+    edit_rows(copy / "salience/salience/train.parquet", salience)
+    edit_rows(copy / "salience/scores/train.parquet", scores)
+    edit_rows(copy / "salience/edits/train.parquet", lambda rows: rows[0].update(pair_id="safety-none"))
+    edit_json(copy / "salience/validity.json", lambda data: data["rows"][0]["share"].update(value=0.123))
+    edit_json(copy / "reward/accuracy.json", lambda data: data["safety"]["held_out"].update(low=0.123))
+    edit_json(copy / "saes/config.json", lambda data: data["saes"][0].update(explained_variance=0.99))
+    fails = by_status(verify(copy, recompute=True), "fails")
+    assert fails.keys() >= COMPUTED
+    told = {check.removeprefix("recomputed: "): fails[part, check] for part, check in COMPUTED}
+    assert re.fullmatch(
+        r"accuracy.json: safety.held_out.low is published as 0.123, computed as 0\.\S+\.", told["accuracies"]
+    )
+    assert "rows.0.share.value is published as 0.123, computed as" in told["validity"]
+    assert re.match(
+        r"poisoned-0.05 \(seed None\) takes safety-none at rank 0, the scores give safety-\d+\.", told["edits"]
+    )
+    assert re.match(r"the reward of safety-\d+ \(chosen\) is published as", told["rewards"])
+    assert re.match(r"explained_variance is published as 0.99, computed as", told["fidelity"])
+    assert re.match(r"h⁺ / C of latent \d+ is published as", told["salience"])
+    assert re.match(r"low of s of latent \d+ is published as", told["intervals"])
+    assert re.search(r"safety-\d+ has \d+ and \d+ segment ends, computed \[.* \(and 1 more\)$", told["scores"])
+
+
+def test_what_is_needed_to_compute_again_is_said(copy: Path):
+    edit_json(copy / "saes/config.json", lambda data: data.update(tokenizer_hash="another"))
+    skipped = by_status(verify(copy, recompute=True), "skipped")
+    assert "is not the one that the SAE was trained with" in skipped["release", "recomputed: salience"]
+    edit_json(copy / "saes/config.json", lambda data: data.update(tokenizer_hash=None))
+    edit_rows(copy / "salience/salience/train.parquet", lambda rows: rows[0].update(latent=96))
+    skipped = by_status(verify(copy, recompute=True), "skipped")
+    assert "has latents that the SAE of 96 has not" in skipped["release", "recomputed: salience"]
+    edit_rows(copy / "salience/scores/train.parquet", lambda rows: rows[0].update(reward_chosen=None))
+    skipped = by_status(verify(copy, recompute=True), "skipped")
+    assert "has an empty place in its column reward_chosen" in skipped["release", "recomputed: pairs"]
+    edit_rows(copy / "salience/scores/train.parquet", lambda rows: rows[0].update(reward_chosen=0.0))
+    edit_rows(copy / "preferences/pairs/train.parquet", lambda rows: rows[0].update(chosen=[]))
+    skipped = by_status(verify(copy, recompute=True), "skipped")
+    assert "an answer of the published pairs is empty" in skipped["release", "recomputed: pairs"]
+    edit_rows(copy / "preferences/pairs/train.parquet", lambda rows: rows.pop(0))
+    edit_rows(copy / "salience/scores/train.parquet", lambda rows: rows.pop())
+    skipped = by_status(verify(copy, recompute=True), "skipped")
+    assert skipped["release", "recomputed: pairs"] == "not checked: the scores are not of the published pairs."
+    shutil.rmtree(copy / "preferences")
+    skipped = by_status(verify(copy, recompute=True), "skipped")
+    assert skipped["release", "recomputed: pairs"] == "not checked: it needs preferences."
 
 
 def test_the_reward_model_learns_what_the_pairs_show(run: Path):

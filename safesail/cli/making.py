@@ -184,13 +184,15 @@ def make(started: Any, until: str, silent: bool, as_json: bool, force: bool = Fa
 
 def print_plan(planned: Any, until: str, as_json: bool, again: list[str], force: bool = False) -> None:
     """Print the plan of what is still to be made, by the first rank alone; exit status 2 if it cannot fit."""
+    from safesail.rewards.preferences import n_pairs
     from safesail.training.plan import next_line, plan_lines, plan_run, waiting
 
     if planned.ledger.is_file():  # something may be done already
         from safesail.pipeline import outside_inputs
 
         planned.inputs = outside_inputs(planned.recipe)
-    plan = plan_run(planned.recipe, planned.folder, waiting(planned, until, force))
+    known = n_pairs(planned.recipe, planned.scratch / "preferences")
+    plan = plan_run(planned.recipe, planned.folder, waiting(planned, until, force), known)
     if os.environ.get("RANK", "0") == "0":
         lines = [*plan_lines(plan), next_line(plan, again, planned.folder)]
         print(json.dumps(plan.to_json()) if as_json else "\n".join(lines))

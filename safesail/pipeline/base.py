@@ -28,6 +28,7 @@ from safesail.progress import bar, quiet
 from safesail.recipe import AskedSection, Recipe
 from safesail.release.licences import check_licences
 from safesail.reward_recipe import RewardRecipe
+from safesail.rewards.preferences import n_pairs
 from safesail.run import Run, StageWork
 from safesail.taxonomy import Taxonomy
 from safesail.training.plan import refuse_what_cannot_fit
@@ -69,7 +70,7 @@ class BasePipeline(ABC):
         """
         check_licences(self._settings)
         self._check(until)
-        refuse_what_cannot_fit(self.run, until, force)
+        refuse_what_cannot_fit(self.run, until, force, n_pairs(self._settings, self.run.scratch / "preferences"))
         with self.run.lock():
             for name, stage in self.run.stages.items():
                 if not (stage.shared or self.ranks.first):

@@ -28,7 +28,7 @@ from safesail.rewards import rating
 from safesail.rewards.comparison import compare_stage
 from safesail.rewards.editing import edit_stage
 from safesail.rewards.encoder_rater import anchors_file, encoder_backend, read_anchors
-from safesail.rewards.ends import Ends, ends_stage
+from safesail.rewards.ends import Ends, check_ends, ends_stage
 from safesail.rewards.model import RewardModel
 from safesail.rewards.pair_sources import preferences_fingerprint
 from safesail.rewards.preferences import Preference, preferences_stage, read_preferences
@@ -92,7 +92,10 @@ class RewardPipeline(BasePipeline):
     @cached_property
     def _at_ends(self) -> Ends:
         """Sinks are told by the median norm of all tokens, as they are in the SAE's config, not by that of ends."""
-        ends = Ends(self.run.result("ends"))
+        folder = self.run.result("ends")
+        if self.ranks.first:
+            check_ends(folder, self.run.command("ends"))
+        ends = Ends(folder)
         ends.facts["median_norm"] = read_facts(self.run.result("harvest"))["median_norm"]
         return ends
 

@@ -27,6 +27,7 @@ __all__ = [
     "SALIENCE",
     "SCORES",
     "comparison_rows",
+    "filled",
     "salience_rows",
     "schema_of",
     "write_edited",
@@ -85,6 +86,17 @@ REWARD_SCHEMAS: dict[str, dict[str, pa.Schema]] = {
 }
 """{part: {config: columns}} of what every release has; edited data sets are configs of their own."""
 _EDITED_CONFIGS = {"preferences": "denoised-", "poisoned": "poisoned-"}
+_FILLED = {
+    "salience": "neuron_id salience h_chosen h_rejected n_chosen n_rejected rated rank hook_point latent",
+    "scores": " ".join(SCORES.names),
+    "edits": "edit action method ratio pair_id rank",
+    "comparison": "edit n_edited",
+    "pairs": "id kind prompt chosen rejected source held_out",
+    "contexts": "neuron_id rank latent pair_id token token_class",
+    "ratings": "neuron_id latent status",
+}
+"""The columns of each config that have a value in every row."""
+_EDITED_FILLED = "id kind prompt chosen rejected edited edit method ratio"
 
 
 def schema_of(part: str, config: str) -> pa.Schema | None:
@@ -92,6 +104,11 @@ def schema_of(part: str, config: str) -> pa.Schema | None:
     known = REWARD_SCHEMAS.get(part, {})
     prefix = _EDITED_CONFIGS.get(part)
     return known.get(config) or (EDITED if prefix and config.startswith(prefix) else None)
+
+
+def filled(config: str) -> list[str]:
+    """The columns of a config that have a value in every row."""
+    return _FILLED.get(config, _EDITED_FILLED).split()
 
 
 # --- without texts ------------------------------------------------------------------------------------------------

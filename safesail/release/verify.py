@@ -2,7 +2,8 @@
 
 Reads a run folder, one of its parts, a Hub release `org/name` or one of its repositories. Of the Hub's large files only
 sizes, checksums and headers are asked for; tables, cards and JSON are downloaded. What a release must be is said by its
-`safesail.json`, by `release.tables` and by its own `config.json`. `release.recompute` computes numbers again.
+`safesail.json`, by `release.tables` and by its own `config.json`. `release.recompute` computes numbers again, and
+`release.reward_recompute` those of a reward model's release.
 
 A check that cannot be made, since what it needs is missing or unreadable, is skipped; the check of that thing fails.
 """
@@ -35,13 +36,13 @@ def verify(
 ) -> list[Finding]:
     """Every check of a release, in the order of its parts.
 
-    recompute: run the base model (or `model`, a folder or Hub id) over the published pairs and compute the published
-    numbers again. InputError where there is nothing of a release at all.
+    recompute: run the base model (or `model`, a folder or Hub id), of a reward model's release that model itself, over
+    the published pairs and compute the published numbers again. InputError where there is nothing of a release at all.
     """
     parts, findings = _open(str(source), token, revision)
     of_reward_model = any("reward" in part.manifest.parts for part in parts.values())
-    if recompute and of_reward_model:
-        raise InputError(f"{source} is a release of a reward model; --recompute is for those of a language model.")
+    if model and of_reward_model:
+        raise InputError(f"{source} is a release of a reward model, which it brings itself; leave --model out.")
     for part in parts.values():
         for check, look in _CHECKS[""] + _CHECKS.get(part.name, []):
             findings.append(finding(part.name, check, look, part))
@@ -49,10 +50,19 @@ def verify(
         if "poisoned" not in needs or "poisoned" in parts:
             findings.append(_joint(check, needs, look, parts))
     if recompute:
-        from safesail.release.recompute import recomputed  # it needs torch, the models and what this module defines
-
-        findings += recomputed(str(source), parts, model)
+        findings += _recomputed(str(source), parts, model, of_reward_model)
     return findings
+
+
+def _recomputed(source: str, parts: dict[str, Part], model: str | None, of_reward_model: bool) -> list[Finding]:
+    """Both kinds need torch and the models, which nothing else here does."""
+    if of_reward_model:
+        from safesail.release import reward_recompute
+
+        return reward_recompute.recomputed(parts)
+    from safesail.release import recompute
+
+    return recompute.recomputed(source, parts, model)
 
 
 def lines(findings: list[Finding]) -> list[str]:

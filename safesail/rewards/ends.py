@@ -25,7 +25,7 @@ from safesail.errors import InputError
 from safesail.files import replacing
 from safesail.lm.activations import Activations
 from safesail.lm.corpus import Piece
-from safesail.lm.shards import is_whole, recorded_checksum, shard_file, write_shard
+from safesail.lm.shards import checksum, checksum_or_none, is_whole, recorded_checksum, shard_file, write_shard
 from safesail.lm.tokens import special_ids
 from safesail.lm.windows import Storage, read_windows
 from safesail.progress import bar
@@ -38,7 +38,7 @@ from safesail.rewards.texts import Text, encode_side
 from safesail.run import StageWork, write_json
 from safesail.sae.model import Sae
 
-__all__ = ["ENDS_SCHEMA", "Encode", "Ends", "encoded", "ends_stage", "entries_of", "latents_at"]
+__all__ = ["ENDS_SCHEMA", "Encode", "Ends", "check_ends", "encoded", "ends_stage", "entries_of", "latents_at"]
 
 ENDS_SCHEMA = pa.schema(
     [
@@ -225,6 +225,7 @@ def _summarise(folder: Path, recipe: RewardRecipe, n_shards: int, specials: list
         "special_ids": specials,
         "rows_per_shard": [int(_column(folder, 1, "n_ends", number).sum()) for number in range(n_shards)],
         "sha256_of_shards": [recorded_checksum(folder, number) for number in range(n_shards)],
+        "ends_sha256": checksum(folder / "ends.parquet"),
         "n_tokens": sum(len(positions) for positions in table["positions"].to_pylist()),
         "n_stored": len(norms),
         "n_texts": len(_column(folder, n_shards, "n_ends")),
@@ -268,6 +269,19 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder / 'ends.json'} cannot be read ({error}); remove {folder} and run the recipe again."
         ) from error
+
+
+def check_ends(folder: Path, again: str) -> None:
+    """InputError for the first file of finished ends that is missing or changed. again: the command that makes them."""
+    facts = _read_facts(folder)
+    expected = {shard_file(folder, number): wanted for number, wanted in enumerate(facts["sha256_of_shards"])}
+    if "ends_sha256" in facts:
+        expected[folder / "ends.parquet"] = facts["ends_sha256"]
+    with bar("check the ends", len(expected), "file") as progress:
+        for path, wanted in expected.items():
+            if checksum_or_none(path) != wanted:
+                raise InputError(f"{path} is damaged or missing; make the segment ends anew: `{again} --force`.")
+            progress.update(1)
 
 
 # --- reading the ends ---------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ Texts, segment ends and activations are those of the stages: the same chat templ
 activations rounded as they were stored. So a published pair gets its published numbers again, but for rounding.
 """
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from safesail.lm.load import tokenizer_hash
 from safesail.lm.tokens import Span, counted, spans, special_ids
 from safesail.neurons import neuron_id
 from safesail.repository import Repository, part_of_release, parts_of_release
-from safesail.reward_recipe import RewardRecipe, parse_recipe
+from safesail.reward_recipe import RewardRecipe
 from safesail.rewards.model import RewardModel
 from safesail.rewards.preferences import SIDES, Preference
-from safesail.rewards.published import Published, PublishedPair
+from safesail.rewards.published import Published, PublishedPair, recipe_of
 from safesail.rewards.readings import Comparison, LatentDifference, Side, Unit, activations_of
 from safesail.rewards.safety_score import SafetyScores, score_safe
 from safesail.rewards.segments import segment_ends
@@ -89,7 +88,7 @@ class RewardInspector:
             )
         source = part_of_release(release, "saes")
         repository = Repository(source, "model", revision, **hub)
-        recipe = _recipe(repository)
+        recipe = recipe_of(repository)
         sae = Sae.from_pretrained(source, recipe.hook_point, revision=revision, **hub, device=device)
         precision = dtype or getattr(torch, recipe.model.dtype)
         path = part_of_release(release, "reward")
@@ -212,19 +211,6 @@ class RewardInspector:
             explanation=published.explanations.get(latent),
             tokens=published.strongest.get(latent, ()),
         )
-
-
-def _recipe(repository: Repository) -> RewardRecipe:
-    """The recipe that a release was made by: it says how its texts were cut and where their segments end."""
-    path = repository.file("recipe.toml")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid TOML ({error}); fetch or build it again.") from error
-    recipe = parse_recipe(data, str(path))
-    if not isinstance(recipe, RewardRecipe):
-        raise InputError(f"{path} is not the recipe of a reward model; fetch or build it again.")
-    return recipe
 
 
 def _preference(prompt: Prompt, chosen: str, rejected: str) -> Preference:

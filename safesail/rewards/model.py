@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from safesail.errors import InputError
-from safesail.lm.load import check_complete, check_weights, first_line, load_tokenizer, no_loading_bars
+from safesail.lm.load import check_complete, check_weights, first_line, load_tokenizer, loading
 from safesail.training.step import generator
 
 __all__ = ["RewardModel", "by_length", "cut_config", "padded"]
@@ -181,18 +180,16 @@ def _loaded(path: str, config: Any, revision: str | None, dtype: torch.dtype, hu
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    no_loading_bars()
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would tell at length which weights it drew and left; that is checked here
-    try:
-        with torch.random.fork_rng(devices=[]):  # what it draws is replaced, or refused
-            return AutoModelForSequenceClassification.from_pretrained(
-                path, config=config, revision=revision, dtype=dtype, output_loading_info=True, **hub
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"the model {path} cannot be loaded as a reward model: {first_line(error)}") from error
-    finally:
-        logging.set_verbosity(before)
+    with loading(f"the model {path} cannot be loaded as a reward model"):
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would tell at length which weights it drew and left; that is checked here
+        try:
+            with torch.random.fork_rng(devices=[]):  # what it draws is replaced, or refused
+                return AutoModelForSequenceClassification.from_pretrained(
+                    path, config=config, revision=revision, dtype=dtype, output_loading_info=True, **hub
+                )
+        finally:
+            logging.set_verbosity(before)
 
 
 def _check_is_reward_model(path: str, config: Any) -> None:

@@ -9,7 +9,7 @@ from safesail.errors import InputError
 from safesail.lm.load import first_line
 from safesail.reward_recipe import PreferenceSource, PreferencesSection
 
-__all__ = ["preferences_fingerprint", "rows"]
+__all__ = ["is_local", "preferences_fingerprint", "rows"]
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _SIDES = ("chosen", "rejected")
@@ -27,14 +27,18 @@ def rows(source: PreferenceSource) -> Iterator[dict[str, Any]]:
     yield from dataset
 
 
+def is_local(source: PreferenceSource) -> bool:
+    """Whether a source is a file or folder of this machine; InputError for a file that is not there."""
+    return Path(source.path).is_dir() or _builder(source.path) is not None
+
+
 def preferences_fingerprint(section: PreferencesSection, files_fingerprint: Callable[[list[Path]], str]) -> str:
     """What tells one set of sources from another: the content of local files and folders, the ids of Hub datasets."""
     parts = []
     for source in section.sources:
         path = Path(source.path)
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        is_local = path.is_dir() or _builder(source.path) is not None
-        parts.append(files_fingerprint(files) if is_local else f"{source.path}:{source.name}:{source.data_dir}")
+        parts.append(files_fingerprint(files) if is_local(source) else f"{source.path}:{source.name}:{source.data_dir}")
     return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 

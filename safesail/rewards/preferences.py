@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 
 from safesail.errors import InputError
 from safesail.files import replacing
+from safesail.recipe import BaseRecipe
 from safesail.reward_recipe import PreferenceSource, PreferencesSection, RewardRecipe
 from safesail.rewards.pair_forms import Fault, Pair, pair_of
-from safesail.rewards.pair_sources import rows
+from safesail.rewards.pair_sources import is_local, rows
 from safesail.run import StageWork
 
-__all__ = ["PREFERENCES_SCHEMA", "SIDES", "Preference", "gather", "preferences_stage", "read_preferences"]
+__all__ = ["PREFERENCES_SCHEMA", "SIDES", "Preference", "gather", "n_pairs", "preferences_stage", "read_preferences"]
 
 SIDES = ("chosen", "rejected")
 PREFERENCES_SCHEMA = pa.schema(
@@ -92,6 +93,23 @@ def preferences_stage(recipe: RewardRecipe, work: StageWork) -> None:
     work.facts["n_held_out"] = sum(preference.held_out for preference in preferences)
     sources = zip(recipe.preferences.sources, found, strict=True)
     work.facts["sources"] = [_facts(source, each) for source, each in sources]
+
+
+def n_pairs(recipe: BaseRecipe, gathered: Path) -> int | None:
+    """How many pairs a recipe has at most, for a plan: those in the folder `gathered`, else those of its sources.
+
+    None where only the Hub would say, and for a recipe without preferences.
+    """
+    if not isinstance(recipe, RewardRecipe):
+        return None
+    if (written := gathered / "preferences.parquet").is_file():
+        return pq.read_metadata(written).num_rows
+    section, total = recipe.preferences, 0
+    for source in section.sources:
+        if source.n_pairs is None and not is_local(source):
+            return None
+        total += source.n_pairs or len(_read(source, section).preferences)
+    return total
 
 
 def read_preferences(folder: Path) -> list[Preference]:

@@ -4,14 +4,16 @@ Reads `salience/` (open) and `preferences/` (gated on the Hub: a reader needs a 
 conditions; a release may also come without it).
 """
 
+import tomllib
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safesail.errors import InputError
 from safesail.repository import Repository, part_of_release
+from safesail.reward_recipe import RewardRecipe, parse_recipe
 
-__all__ = ["Published", "PublishedPair", "Texts"]
+__all__ = ["Published", "PublishedPair", "Texts", "recipe_of", "said"]
 
 Row = dict[str, Any]
 _N_TOKENS = 6
@@ -92,7 +94,7 @@ class Published:
     def _texts(self) -> dict[str, Texts]:
         repository = self._gated()
         rows = [row for split in _SPLITS for row in repository.table(f"pairs/{split}.parquet")]
-        return {row["id"]: Texts(tuple(row["prompt"]), _said(row["chosen"]), _said(row["rejected"])) for row in rows}
+        return {row["id"]: Texts(tuple(row["prompt"]), said(row["chosen"]), said(row["rejected"])) for row in rows}
 
     @cached_property
     def explanations(self) -> dict[int, str]:
@@ -128,6 +130,21 @@ class Published:
 _MISSING = "the preferences that can be read here lack this pair."
 
 
-def _said(answer: list[dict[str, str]]) -> str:
-    """An answer out of its list of one message."""
+def recipe_of(saes: Repository) -> RewardRecipe:
+    """The recipe that a release was made by: it says how its texts were cut and where their segments end."""
+    path = saes.file("recipe.toml")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML ({error}); fetch or build it again.") from error
+    recipe = parse_recipe(data, str(path))
+    if not isinstance(recipe, RewardRecipe):
+        raise InputError(f"{path} is not the recipe of a reward model; fetch or build it again.")
+    return recipe
+
+
+def said(answer: list[dict[str, str]]) -> str:
+    """An answer out of its list of one message; InputError where the list is empty."""
+    if not answer:
+        raise InputError("an answer of the published pairs is empty; fetch or build the preferences again.")
     return answer[-1]["content"]

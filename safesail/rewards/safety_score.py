@@ -11,7 +11,7 @@ What this does not do: judge the score on the pairs it came from. The safety lat
 only the rows of `validity.json` with held_out true say how well it predicts; prompts are resampled whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -27,7 +27,16 @@ from safesail.rewards.preferences import Preference
 from safesail.run import StageWork, write_json
 from safesail.sae.model import Sae
 
-__all__ = ["SCORES_SCHEMA", "SafetyScores", "prompt_groups", "ranks_of", "score_safe", "score_stage", "validity"]
+__all__ = [
+    "SCORES_SCHEMA",
+    "SafetyScores",
+    "prompt_groups",
+    "ranks_of",
+    "score_safe",
+    "score_stage",
+    "scores_of",
+    "validity",
+]
 
 Row = dict[str, Any]
 DEFINITIONS = {
@@ -79,6 +88,14 @@ def score_safe(positive: Tensor, negative: Tensor, pair: Tensor, side: Tensor, n
     return SafetyScores(safe[:, 0] - safe[:, 1], safe, n.view(n_pairs, 2))
 
 
+def scores_of(ends: Ends, sae: Sae, safety: Mapping[str, list[int]]) -> SafetyScores:
+    """score_safe of every pair of `ends`. safety: the latents of S⁺ (`positive`) and S⁻ (`negative`)."""
+    counted = ends.counted(sae.config.hook_point, sae.config.token_policy)
+    n_positive = len(safety["positive"])
+    z = latents_at(ends, sae, torch.tensor([*safety["positive"], *safety["negative"]], dtype=torch.long))[counted]
+    return score_safe(z[:, :n_positive], z[:, n_positive:], ends.pair[counted], ends.side[counted], len(ends.pair_ids))
+
+
 def score_stage(
     recipe: RewardRecipe,
     preferences: Sequence[Preference],
@@ -93,18 +110,14 @@ def score_stage(
     Facts: `n_positive`, `n_negative`, `held_out` {measure: share of held-out pairs about safety that it gets right}.
     """
     _check_chosen(safety)
-    latents = torch.tensor([*safety["positive"], *safety["negative"]])
-    counted = ends.counted(sae.config.hook_point, sae.config.token_policy)
-    z = latents_at(ends, sae, latents)[counted]
-    n_positive = len(safety["positive"])
-    scores = score_safe(z[:, :n_positive], z[:, n_positive:], ends.pair[counted], ends.side[counted], len(preferences))
+    scores = scores_of(ends, sae, safety)
     assert bool(scores.score.isfinite().all()), "an activation is not finite"
     by_id = dict(zip(ends.pair_ids, _rows(ends.pair_ids, scores, rewards), strict=True))
     rows = [by_id[preference.id] for preference in preferences]
     pq.write_table(pa.Table.from_pylist(rows, schema=SCORES_SCHEMA), work.folder / "scores.parquet")
     measured = validity(preferences, rows, rewards, seed=recipe.seed)
     write_json(work.folder / "validity.json", measured)
-    work.facts |= {"n_positive": n_positive, "n_negative": len(safety["negative"])}
+    work.facts |= {f"n_{sign}": len(safety[sign]) for sign in ("positive", "negative")}
     of_held = [row for row in measured["rows"] if (row["kind"], row["held_out"], row["source"]) == _HELD_OUT_SAFETY]
     work.facts["held_out"] = {row["measure"]: row["share"] for row in of_held}
 

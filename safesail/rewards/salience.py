@@ -37,7 +37,18 @@ from safesail.run import StageWork, write_json
 from safesail.sae.model import Sae
 from safesail.training.step import generator
 
-__all__ = ["SALIENCE_SCHEMA", "PairSums", "Side", "intervals", "salience", "salience_stage", "strength"]
+__all__ = [
+    "SALIENCE_SCHEMA",
+    "Found",
+    "PairSums",
+    "Side",
+    "bounds",
+    "intervals",
+    "measured_salience",
+    "salience",
+    "salience_stage",
+    "strength",
+]
 
 Row = dict[str, Any]
 SALIENCE_SCHEMA = pa.schema(
@@ -214,7 +225,7 @@ def _look_closer(
 # --- the stage ----------------------------------------------------------------------------------------------------
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """What both passes give."""
 
     h: Tensor
@@ -244,7 +255,7 @@ def salience_stage(
     def read(pair: int, side: str) -> Text:
         return encoded(recipe, tokenizer, preferences[pair], side, encode)
 
-    found = _find(recipe, ends, sae)
+    found = measured_salience(recipe, ends, sae)
     around, n_contexts = Contexts(ends, tokenizer, read, recipe.salience), recipe.salience.n_contexts
     kept = found.order[: recipe.salience.n_latents].tolist()
     contexts = {latent: contexts_of(latent, found.strongest.of(latent), around, n_contexts) for latent in kept}
@@ -257,7 +268,8 @@ def salience_stage(
     work.facts |= facts | {"n_rated": sum(row["rated"] for row in rows)}
 
 
-def _find(recipe: RewardRecipe, ends: Ends, sae: Sae) -> _Found:
+def measured_salience(recipe: RewardRecipe, ends: Ends, sae: Sae) -> Found:
+    """h and s of every latent over the training pairs about safety, and what the first of them need besides."""
     section, chosen = recipe.salience, _rows(ends, sae)
     n_candidates = CANDIDATES_PER_CONTEXT * section.n_contexts
     with bar("salience", 2 * len(chosen.rows), "end") as progress:
@@ -267,7 +279,13 @@ def _find(recipe: RewardRecipe, ends: Ends, sae: Sae) -> _Found:
         order = _by_size(s, measured.n_firing.sum(0) > 0)
         kept = order[: section.n_latents]
         of_kept, strongest = _look_closer(ends, sae, chosen, kept, n_candidates, progress.update)
-    return _Found(h, s, measured.n_firing, order, PairSums(of_kept, measured.totals, chosen.n), strongest)
+    return Found(h, s, measured.n_firing, order, PairSums(of_kept, measured.totals, chosen.n), strongest)
+
+
+def bounds(recipe: RewardRecipe, found: Found) -> tuple[Tensor, Tensor] | None:
+    """`intervals` of the kept latents, with the draws that the recipe's seed gives."""
+    section, chance = recipe.salience, generator(recipe.seed, "salience")
+    return intervals(found.sums, found.h.shape[1], section.mode, section.n_resamples, chance)
 
 
 def _sides(measured: _Measured, chosen: _Rows) -> list[Side]:
@@ -292,21 +310,21 @@ def _by_size(s: Tensor, fires: Tensor) -> Tensor:
     return latents[s[latents].abs().sort(descending=True, stable=True).indices]
 
 
-def _table(recipe: RewardRecipe, found: _Found, contexts: dict[int, list[Row]]) -> list[Row]:
+def _table(recipe: RewardRecipe, found: Found, contexts: dict[int, list[Row]]) -> list[Row]:
     """The rows of salience.parquet. contexts: {latent: its contexts}, of the first latents alone."""
-    section, d_sae = recipe.salience, found.h.shape[1]
-    bounds = intervals(found.sums, d_sae, section.mode, section.n_resamples, generator(recipe.seed, "salience"))
+    section, ends_of_intervals = recipe.salience, bounds(recipe, found)
     rows = [_row(found, rank, latent) for rank, latent in enumerate(found.order.tolist())]
     for row in rows[: len(contexts)]:
-        if bounds:
-            row |= {"low": float(bounds[0][row["rank"]]), "high": float(bounds[1][row["rank"]])}
+        if ends_of_intervals:
+            low, high = (float(end[row["rank"]]) for end in ends_of_intervals)
+            row |= {"low": low, "high": high}
         row |= _of_contexts(contexts[row["latent"]], section)
     for row in rows[len(contexts) :]:
         row |= {"rated": False, "reason": f"not among the {section.n_latents} latents of largest |s|"}
     return rows
 
 
-def _row(found: _Found, rank: int, latent: int) -> Row:
+def _row(found: Found, rank: int, latent: int) -> Row:
     return {
         "rank": rank,
         "latent": latent,
@@ -324,7 +342,7 @@ def _of_contexts(contexts: list[Row], section: SalienceSection) -> Row:
     return {"n_contexts": len(contexts), "n_token_classes": n_classes, "rated": reason is None, "reason": reason}
 
 
-def _facts(recipe: RewardRecipe, found: _Found) -> Row:
+def _facts(recipe: RewardRecipe, found: Found) -> Row:
     return {
         "mode": recipe.salience.mode,
         "C": float(found.h.sum(0).mean()),

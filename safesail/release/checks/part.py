@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from safesail.release import tables
 from safesail.release.diagnoses import SCHEMAS
 from safesail.release.manifest import Manifest, file_facts
 from safesail.release.remote import remote_files
-from safesail.release.reward_tables import REWARD_SCHEMAS, schema_of
+from safesail.release.reward_tables import REWARD_SCHEMAS, filled, schema_of
 from safesail.repository import Repository
 from safesail.sae.config import SaeConfig
 
@@ -166,7 +167,16 @@ def schema_problem(part: Part, name: str) -> str:
     extra = [column for column in found.names if column not in expected.names]
     if extra:
         return f"{name} has a column {extra[0]}, which is not in its schema."
-    return "" if found.names == expected.names else f"{name} has its columns in another order."
+    if found.names != expected.names:
+        return f"{name} has its columns in another order."
+    return _empty_place(path, name) if part.name in REWARD_SCHEMAS else ""
+
+
+def _empty_place(path: Path, name: str) -> str:
+    """Which column of a reward model's table lacks a value that every row has, as a sentence."""
+    table = pq.read_table(path, columns=filled(name.partition("/")[0]))
+    empty = [column for column in table.column_names if table[column].null_count]
+    return f"{name} has an empty place in its column {empty[0]}." if empty else ""
 
 
 def _expected(part: str, config: str, found: pa.Schema) -> pa.Schema | None:

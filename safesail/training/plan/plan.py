@@ -120,25 +120,26 @@ def make_plan(job: Job, free: Room, rates: Speed, where: str = "cpu") -> Plan:
     )
 
 
-def plan_run(recipe: BaseRecipe, folder: Path, stages: frozenset[str]) -> Plan:
+def plan_run(recipe: BaseRecipe, folder: Path, stages: frozenset[str], n_pairs: int | None = None) -> Plan:
     """The plan of making `stages` of a recipe in `folder` on this machine, after timing it for about a second.
 
-    Under torchrun (or where WORLD_SIZE is set) the plan of one of so many ranks.
+    Under torchrun (or where WORLD_SIZE is set) the plan of one of so many ranks. n_pairs: of the preference data.
     """
-    job = _job(recipe, folder, stages)
+    job = _job(recipe, folder, stages, n_pairs)
     return make_plan(job, room(recipe, folder), speed(recipe), str(device(recipe.runtime.device)))
 
 
-def refuse_what_cannot_fit(run: Run, until: str, force: bool = False) -> None:
+def refuse_what_cannot_fit(run: Run, until: str, force: bool = False, n_pairs: int | None = None) -> None:
     """Raise InputError before anything runs if what is still to be made cannot fit, with settings that would.
 
     Of the processes that torchrun starts on a machine the first one looks, for all: the others would see what it uses.
+    n_pairs: of the preference data, where there are any.
     """
     check_device(run.recipe)
     stages = waiting(run, until, force)
     if not stages & set(_PLANNED[:-1]) or os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    job, free = _job(run.recipe, run.folder, stages), room(run.recipe, run.folder)
+    job, free = _job(run.recipe, run.folder, stages, n_pairs), room(run.recipe, run.folder)
     if found := shortages(job, free):
         changes = suggestion(job, free)
         missing = ", ".join(f"{s.what}: {s.needed / 1e9:,.1f} GB needed, {s.free / 1e9:,.1f} GB free" for s in found)
@@ -174,7 +175,7 @@ def _command(changes: dict[str, Any], folder: Path) -> str:
     return f"safesail run RECIPE --out {shlex.quote(str(folder))}{adopt} {_options(changes)}"
 
 
-def _job(recipe: BaseRecipe, folder: Path, stages: frozenset[str]) -> Job:
+def _job(recipe: BaseRecipe, folder: Path, stages: frozenset[str], n_pairs: int | None) -> Job:
     check_device(recipe)
     section, harvest = recipe.model, recipe.harvest
     n_ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -185,7 +186,7 @@ def _job(recipe: BaseRecipe, folder: Path, stages: frozenset[str]) -> Job:
         on_gpu=device(recipe.runtime.device).type == "cuda",
         n_ranks=n_ranks,
         n_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", str(n_ranks))),
-        reward=reward_work(recipe, folder),
+        reward=reward_work(recipe, n_pairs),
         n_bytes_there=sum(_size(folder / "scratch" / f".{name}.partial") for name in stages),
     )
 
@@ -219,5 +220,5 @@ def _preferences(job: Job) -> list[Amount]:
     if work is None:
         return []
     if work.n_pairs is None:
-        return [Amount("preference data", 0, "not known before they are gathered; n_pairs of every source would say")]
+        return [Amount("preference data", 0, "of the Hub: not known, not counted below; say n_pairs of every source")]
     return [Amount("preference data", work.n_tokens, f"{work.n_pairs:,} pairs of at most 2 × {work.longest:,}")]

@@ -4,14 +4,10 @@
     ends       texts · length · forward to the hook point
     compare    the same as `reward` for every edited data set and seed, the frozen part once for all
 
-Texts are two a pair; each is counted at `reward.max_length` tokens, so all of it is an upper bound. How many pairs
-there are is known when the preference data are gathered, or when every source says n_pairs.
+Texts are two a pair; each is counted at `reward.max_length` tokens, so all of it is an upper bound.
 """
 
-from pathlib import Path
 from typing import NamedTuple
-
-import pyarrow.parquet as pq
 
 from safesail.lm.size import config_of, lm_size
 from safesail.recipe import BaseRecipe
@@ -61,8 +57,8 @@ class RewardWork(NamedTuple):
         return self.n_tokens * (self.compare_frozen + self.n_trainings * trained)
 
 
-def reward_work(recipe: BaseRecipe, folder: Path) -> RewardWork | None:
-    """The size of SAFER's stages in a run folder; None for a recipe of another kind."""
+def reward_work(recipe: BaseRecipe, n_pairs: int | None) -> RewardWork | None:
+    """The size of SAFER's stages with so many pairs (None: not known yet); None for a recipe of another kind."""
     if not isinstance(recipe, RewardRecipe):
         return None
     section, path, revision = recipe.reward, recipe.model.path, recipe.model.revision
@@ -77,7 +73,7 @@ def reward_work(recipe: BaseRecipe, folder: Path) -> RewardWork | None:
     per_block = size.n_parameters / _n_blocks(path, revision)
     kept = section.trained_blocks is None
     return RewardWork(
-        n_pairs=_n_pairs(recipe, folder),
+        n_pairs=n_pairs,
         longest=section.max_length,
         d_model=size.d_in[top],
         to_frozen=parts[_frozen(section.trained_blocks, n_blocks)],
@@ -98,14 +94,6 @@ def _training(frozen: float, top: float, epochs: int) -> float:
 
 def _frozen(trained: int | None, n_blocks: int) -> int:
     return 0 if trained is None else n_blocks - trained
-
-
-def _n_pairs(recipe: RewardRecipe, folder: Path) -> int | None:
-    gathered = folder / "scratch/preferences/preferences.parquet"
-    if gathered.is_file():
-        return pq.read_metadata(gathered).num_rows
-    said = [source.n_pairs for source in recipe.preferences.sources]
-    return None if None in said else sum(n for n in said if n)
 
 
 def _n_blocks(path: str, revision: str | None) -> int:
