@@ -74,10 +74,12 @@ function select(index) {
 function render() {
   const { sections = [], selected = 0, message = "", recoloured = 0 } = props.value || {};
   const clicked = marked();
+  const focused = buttons().indexOf(document.activeElement);
   strip.replaceChildren(...sections.map(sectionOf));
   if (!sections.length) strip.textContent = message;
   mark(recoloured && clicked >= 0 ? clicked : selected);
   if (recoloured) select(marked());
+  if (recoloured && focused >= 0) buttons()[focused].focus(); // the button that had it is gone
 }
 
 strip.addEventListener("click", (event) => {

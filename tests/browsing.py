@@ -21,9 +21,22 @@ import pytest
 
 from safesail.assets import asset
 
-__all__ = ["ask", "cells", "choose", "chromium", "neurons", "open_tab", "opened", "serving", "wait_for"]
+__all__ = [
+    "ask",
+    "cells",
+    "choose",
+    "chromium",
+    "neurons",
+    "open_tab",
+    "opened",
+    "seen_at_failure",
+    "serving",
+    "wait_for",
+]
 
 _OURS = ("SPACE_ID", "SAFESAIL_RELEASE", "SAFESAIL_MODEL", "SAFESAIL_HOST", "SAFESAIL_PORT")
+_visits: dict[Any, list[str]] = {}
+"""The open pages, each with the addresses that it asked for."""
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -90,19 +103,38 @@ def opened(
     errors: list[str] = []
     visitor = browser.new_context(viewport={"width": width, "height": height}, **context)
     page = visitor.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)  # nothing takes as long, but where other work takes the processor
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     try:
         page.goto(f"{address}#{fragment.removeprefix('#')}" if fragment else address)
         page.locator("h1", has_text="safesail").wait_for()
+        _visits[page] = requests
         yield page
+    except BaseException as error:
+        error.add_note(_described(page, requests))
+        raise
     finally:
+        _visits.pop(page, None)
         visitor.close()
     elsewhere = [url for url in requests if not url.startswith((address, "data:", "blob:"))]
     assert elsewhere == [], elsewhere
     assert errors == [], errors
+
+
+def seen_at_failure() -> str:
+    """What the pages that are open show, for the report of a test that failed."""
+    return "\n".join(_described(page, requests) for page, requests in _visits.items())
+
+
+def _described(page: Any, requests: list[str]) -> str:
+    try:
+        focus, text = page.evaluate("[document.activeElement.outerHTML.slice(0, 300), document.body.innerText]")
+    except pytest.importorskip("playwright.sync_api").Error as error:
+        return f"the page cannot be looked at: {error}"
+    asked = "\n".join([url for url in requests if "/queue/" in url][-10:])
+    return f"--- {page.url}\n--- has the focus: {focus}\n--- asked last:\n{asked}\n--- shows:\n{text[:4000]}"
 
 
 def ask(page: Any, prompt: str, *, new_tokens: int = 4) -> Any:
@@ -112,9 +144,12 @@ def ask(page: Any, prompt: str, *, new_tokens: int = 4) -> Any:
     if not number.is_visible():
         page.get_by_role("button", name="System prompt and settings").click()
         page.get_by_label("range slider for Max new tokens").wait_for()
-        page.wait_for_timeout(300)  # an accordion that opens sets its fields' values once more
-    number.fill(str(new_tokens))
-    number.blur()
+    for _ in range(20):  # an accordion that opens sets its fields' values once more
+        if number.input_value() == str(new_tokens):
+            break
+        number.fill(str(new_tokens))
+        number.blur()
+        page.wait_for_timeout(300)
     page.get_by_role("button", name="Run", exact=True).click()
     tokens = page.locator("#strip button")
     tokens.first.wait_for()

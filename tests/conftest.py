@@ -3,9 +3,12 @@
 import importlib
 import json
 import random
+import re
+import string
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +30,17 @@ FRAMES = [
     "She wrote a short letter about the {b}, then about the {a}.",
     "In 2019 the {a} came back and everybody looked at the {b}.",
 ]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """The report of a test that fails says what its open browser pages showed."""
+    report = yield
+    if report.failed and "browser" in getattr(item, "fixturenames", ()):
+        from browsing import seen_at_failure
+
+        report.sections.append(("pages", seen_at_failure()))
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -126,16 +140,17 @@ def tokenizer(tiny_model: Path) -> Any:
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
     """A random one-layer BERT as sentence encoder, saved as a folder."""
     import torch
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny") / "tiny-bert"
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    letters = [prefix + letter for prefix in ("", "##") for letter in string.ascii_lowercase + string.digits]
+    words = Counter(re.findall("[a-z]{2,}", texts.read_text().lower()))
+    pieces = [*specials, *letters, *sorted(words, key=lambda word: (-words[word], word))[:300]]  # training is by chance
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=500, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator([json.loads(line)["text"] for line in texts.read_text().splitlines()], trainer)
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
