@@ -23,6 +23,7 @@ from safesail.assets import asset
 
 __all__ = [
     "ask",
+    "ask_by_keys",
     "cells",
     "choose",
     "chromium",
@@ -37,6 +38,8 @@ __all__ = [
 _OURS = ("SPACE_ID", "SAFESAIL_RELEASE", "SAFESAIL_MODEL", "SAFESAIL_HOST", "SAFESAIL_PORT")
 _visits: dict[Any, list[str]] = {}
 """The open pages, each with the addresses that it asked for."""
+_PATIENCE = 60_000
+"""Milliseconds to wait for what should come: nothing takes as long, but where other work takes the processor."""
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -85,6 +88,7 @@ def chromium() -> Iterator[Any]:
     if path is None:
         pytest.skip("chromium is not installed")
     playwright = pytest.importorskip("playwright.sync_api")
+    playwright.expect.set_options(timeout=_PATIENCE)
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=path, args=_FLAGS)
         yield browser
@@ -103,7 +107,7 @@ def opened(
     errors: list[str] = []
     visitor = browser.new_context(viewport={"width": width, "height": height}, **context)
     page = visitor.new_page()
-    page.set_default_timeout(60_000)  # nothing takes as long, but where other work takes the processor
+    page.set_default_timeout(_PATIENCE)
     page.on("request", lambda request: requests.append(request.url))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -155,6 +159,22 @@ def ask(page: Any, prompt: str, *, new_tokens: int = 4) -> Any:
     tokens.first.wait_for()
     page.locator("#neurons :is(table, p)").first.wait_for()
     return tokens
+
+
+def ask_by_keys(page: Any, prompt: str) -> None:
+    """Type into the prompt, which has the focus, and press Ctrl-Enter until the run begins.
+
+    Of some hundred presses on a machine with several browsers at work, three began nothing; a visitor presses again.
+    """
+    page.keyboard.type(prompt)
+    before = page.locator("#strip").text_content()
+    errors = pytest.importorskip("playwright.sync_api").TimeoutError
+    for _ in range(4):
+        page.keyboard.press("Control+Enter")
+        with contextlib.suppress(errors):
+            begun = "before => document.querySelector('#strip').textContent !== before"
+            return page.wait_for_function(begun, arg=before, timeout=15_000)
+    raise AssertionError("Ctrl-Enter was pressed four times in the prompt, and no run begins")
 
 
 def open_tab(page: Any, name: str) -> None:

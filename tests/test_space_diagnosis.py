@@ -20,7 +20,6 @@ from safesail.diagnosis.trajectories import trajectories
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-expect.set_options(timeout=30_000)
 
 PROMPT, OTHER = "The president saw a bomb.", "The senator heard about hostages."
 HOSTILE = "<script>window.pwned=1</script> {{7*7}} ${window.pwned=2} </script> bomb"

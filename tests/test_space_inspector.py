@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import ask, choose, neurons, opened
+from browsing import ask, ask_by_keys, choose, neurons, opened
 from told_release import explanation
 
 from safesail.diagnosis.inspection import Hit, Inspection, Where
@@ -15,7 +15,6 @@ from safesail.diagnosis.inspector import Inspector
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-expect.set_options(timeout=20_000)
 
 PROMPT = "The president saw a bomb."
 HOSTILE = (
@@ -134,8 +133,8 @@ def test_the_keyboard_reaches_every_token(page: Any):
     assert page.evaluate("document.activeElement.dataset.index") == str(last)
     page.keyboard.press("Space")
     wait_for_token(page, last)
-    page.locator("#prompt textarea").fill("a river")
-    page.keyboard.press("Control+Enter")
+    page.locator("#prompt textarea").fill("a ")
+    ask_by_keys(page, "river")
     expect(tokens.filter(has_text="river").first).to_be_visible()
 
 
@@ -223,6 +222,21 @@ def test_a_filters_late_answer_does_not_undo_a_click(page: Any, inspection: Insp
     expect_hits(page, inspection.hits(busiest, Where(hook_point="layers.1.mlp"), explained_only=True))
     wait_for_token(page, busiest)
     assert pressed(page) == [str(busiest)]
+
+
+def test_other_colours_leave_the_focus_on_its_token(page: Any, inspection: Inspection, busiest: int):
+    ask(page, PROMPT)
+    late: list[tuple[Any, Any]] = []
+    page.route("**/gradio_api/run/**", lambda route: late.append((route, route.fetch())), times=1)
+    page.get_by_label("Hook point").locator("visible=true").click()
+    page.get_by_role("option", name="layers.1.mlp").click()
+    while not late:
+        page.wait_for_timeout(20)
+    page.locator("#strip button").nth(busiest).focus()
+    route, answer = late[0]
+    route.fulfill(response=answer)
+    expect_strengths(page, inspection.strengths(Where(hook_point="layers.1.mlp", above=0.2)))
+    assert page.evaluate("document.activeElement.dataset.index") == str(busiest)
 
 
 def test_the_least_score_narrows_the_colours(page: Any, inspection: Inspection):

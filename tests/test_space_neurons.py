@@ -14,7 +14,6 @@ from browsing import cells, choose, open_tab, opened
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
-expect.set_options(timeout=20_000)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from browsing import ask, neurons, open_tab, opened, serving
+from browsing import ask, ask_by_keys, neurons, open_tab, opened, serving
 
 from safesail.diagnosis.inspection import Inspection
 from safesail.diagnosis.inspector import Inspector
@@ -210,8 +210,7 @@ def tab_to(page: Any, selector: str, *, back: bool = False) -> None:
 def test_the_keyboard_alone_goes_the_whole_way(page: Any) -> None:
     page.add_style_tag(content="*, *::before, *::after { transition: none !important }")
     tab_to(page, "#prompt textarea")
-    page.keyboard.type("The president saw a bomb.")
-    page.keyboard.press("Control+Enter")
+    ask_by_keys(page, "The president saw a bomb.")
     page.locator("#strip .section.answer").wait_for()
     tab_to(page, "#strip button")
     page.keyboard.press("Home")
