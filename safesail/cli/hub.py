@@ -40,7 +40,7 @@ def publish(
 def verify(
     release: Release,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Also compute again what can be, with the model whose activations they are.")
+        bool, typer.Option("--recompute", help="Also compute again what can be, with the model that the SAEs read.")
     ] = False,
     model: Annotated[str | None, typer.Option(help="Load the base model from here.")] = None,
     revision: Annotated[str | None, typer.Option(help="A tag or commit of a release on the Hub.")] = None,
