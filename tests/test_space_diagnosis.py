@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browsing import cells, open_tab, opened
+from browsing import cells, open_tab, opened, start
 
 from safesail.diagnosis.inspector import Inspector
 from safesail.diagnosis.results import Result
@@ -106,7 +106,7 @@ def test_trajectories_of_two_versions_are_those_of_the_function(page: Any, inspe
     go(page, "Trajectories")
     page.get_by_label("Text of version 1").fill(PROMPT)
     page.get_by_label("Text of version 2").fill(OTHER)
-    page.locator("#compare").click()
+    start(page, "#compare")
     shown = article(page, "trajectories")
     expected = trajectories(inspector, {"original": PROMPT, "second": OTHER}, answer=0, top=12, by="domain")
     same_rows(downloaded(page, "trajectories"), expected)
@@ -135,7 +135,7 @@ def test_two_versions_of_one_name_are_one_sentence(page: Any) -> None:
     for i in (1, 2):
         page.get_by_label(f"Name of version {i}").fill("same")
         page.get_by_label(f"Text of version {i}").fill(PROMPT)
-    page.locator("#compare").click()
+    start(page, "#compare")
     says(page, "trajectories", "two versions are called 'same'")
 
 
@@ -144,13 +144,13 @@ def test_the_graph_of_a_neuron_is_a_picture_and_a_table(page: Any, inspector: In
     neuron = firing(inspector, PROMPT)
     fill(page, "graph-text", PROMPT)
     fill(page, "graph-neuron", neuron)
-    page.locator("#draw").click()
+    start(page, "#draw")
     article(page, "graph")
     assert page.locator("#graph-result svg").count() == 1
     assert neuron in page.locator("#graph-result caption").inner_text()
     assert len(cells(page, "#graph-result")) > 0
     fill(page, "graph-neuron", "layers.9.mlp/1")
-    page.locator("#draw").click()
+    start(page, "#draw")
     says(page, "graph", "not a neuron here")
 
 
@@ -162,7 +162,7 @@ def test_an_amount_of_nothing_leaves_the_answer_as_it_is(page: Any, inspector: I
     page.get_by_role("spinbutton", name="Amount").fill("0")
     page.get_by_role("spinbutton", name="Max new tokens").last.fill("6")
     page.get_by_role("spinbutton", name="Max new tokens").last.blur()
-    page.locator("#steer").click()
+    start(page, "#steer")
     shown = article(page, "interventions")
     expect(shown).to_contain_text("The answer is the same, token by token.")
     (row,) = downloaded(page, "interventions")
@@ -170,7 +170,7 @@ def test_an_amount_of_nothing_leaves_the_answer_as_it_is(page: Any, inspector: I
     assert len(row["ids_unchanged"]) == 6
     page.get_by_role("spinbutton", name="Amount").fill("20")
     page.get_by_role("spinbutton", name="Amount").blur()
-    page.locator("#steer").click()
+    start(page, "#steer")
     expect(shown).to_contain_text("tokens at the start")
     (row,) = downloaded(page, "interventions")
     assert row["ids_unchanged"] != row["ids_changed"]
@@ -179,7 +179,7 @@ def test_an_amount_of_nothing_leaves_the_answer_as_it_is(page: Any, inspector: I
 def test_an_intervention_without_a_neuron_is_one_sentence(page: Any) -> None:
     go(page, "Interventions")
     fill(page, "steer-prompt", PROMPT)
-    page.locator("#steer").click()
+    start(page, "#steer")
     says(page, "interventions", "no neuron was named")
 
 
@@ -188,12 +188,12 @@ def test_prompts_are_counted_that_are_declined(page: Any, inspector: Inspector) 
     fill(page, "steer-neurons", firing(inspector, PROMPT))
     page.get_by_role("button", name="Over a list of prompts").click()
     page.get_by_label("Prompts, one a line").fill(f"{PROMPT}\n\n{OTHER}")
-    page.locator("#decline").click()
+    start(page, "#decline")
     shown = article(page, "rates")
     expect(shown).to_contain_text("None of the 2 prompts is declined")
     assert [row[0] for row in cells(page, "#rates-result")] == [PROMPT, OTHER]
     page.get_by_label("Prompts, one a line").fill("a\n" * 17)
-    page.locator("#decline").click()
+    start(page, "#decline")
     says(page, "rates", "17 prompts were given; here at most 16")
 
 
@@ -202,19 +202,19 @@ def test_knowledge_of_ones_own_names(page: Any, inspector: Inspector) -> None:
     fill(page, "known-neuron", firing(inspector, PROMPT))
     entities = [{"name": f"Ada {i}", "prompt": "She wrote", "accepted": ["never said"]} for i in range(3)]
     page.get_by_label("Or your own list").fill("\n".join(map(json.dumps, entities)))
-    page.locator("#know").click()
+    start(page, "#know")
     shown = article(page, "knowledge")
     expect(shown).to_contain_text("How firing and knowing go together")
     assert [row["name"] for row in downloaded(page, "knowledge")] == ["Ada 0", "Ada 1", "Ada 2"]
     page.get_by_label("Or your own list").fill("Ada Lovelace")
-    page.locator("#know").click()
+    start(page, "#know")
     says(page, "knowledge", "line 1 is no entity")
 
 
 def test_the_monitor_shows_every_term_of_a_risk(page: Any) -> None:
     go(page, "Monitor")
     fill(page, "monitor-text", PROMPT)
-    page.locator("#score").click()
+    start(page, "#score")
     shown = article(page, "monitor")
     rows = downloaded(page, "monitor")
     domains = list(dict.fromkeys(row["domain"] for row in rows))
@@ -232,12 +232,12 @@ def test_hostile_texts_are_shown_and_inert(page: Any) -> None:
     go(page, "Trajectories")
     page.get_by_label("Name of version 1").fill(HOSTILE)
     page.get_by_label("Text of version 1").fill(HOSTILE)
-    page.locator("#compare").click()
+    start(page, "#compare")
     article(page, "trajectories")
     assert HOSTILE in python_of(page, "trajectories").replace("\\'", "'")
     go(page, "Monitor")
     fill(page, "monitor-text", HOSTILE)
-    page.locator("#score").click()
+    start(page, "#score")
     article(page, "monitor")
     assert page.evaluate("window.pwned") is None
     assert page.locator("article script").count() == 0
@@ -253,7 +253,7 @@ def test_axe_finds_nothing_serious(browser: Any, told_space: str, inspector: Ins
             go(page, tab)
             if tab == "Monitor":
                 fill(page, "monitor-text", PROMPT)
-                page.locator("#score").click()
+                start(page, "#score")
                 article(page, "monitor")
             page.wait_for_timeout(300)
             for found in axe.run(page).response["violations"]:

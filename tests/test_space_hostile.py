@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browsing import ask, open_tab, opened, serving
+from browsing import ask, open_tab, opened, serving, start
 
 from safesail.diagnosis.inspector import Inspector
 from safesail.neurons import NeuronDatabase
@@ -190,7 +190,7 @@ def test_a_hostile_prompt_is_shown_as_text(page: Any, release: Path, prompt: str
 
 def test_a_prompt_of_100_kb_is_refused_and_the_page_goes_on(page: Any, client: Any) -> None:
     page.locator("#prompt textarea").fill(LONG)
-    page.get_by_role("button", name="Run", exact=True).click()
+    start(page, "#run")
     page.locator("#strip", has_text=f"The prompt has {len(LONG):,} characters; the limit is 10,240.").wait_for()
     with pytest.raises(gradio_client.exceptions.AppError, match="the limit is 10,240"):
         client.predict(prompt=LONG, api_name="/inspect")
@@ -219,7 +219,7 @@ def test_lone_halves_of_characters_become_question_marks(page: Any, address: str
         called(address, "inspect", "a", "\ud800", 0, 0, 0, "", "")
     field = page.locator("#prompt textarea")
     field.evaluate("f => { f.value = 'b \\ud83d bomb'; f.dispatchEvent(new Event('input', { bubbles: true })) }")
-    page.get_by_role("button", name="Run", exact=True).click()
+    start(page, "#run")
     page.locator("#strip .section.answer").wait_for()
     assert "?" in page.locator("#strip button").all_text_contents()
     page.evaluate("window.location.hash = '#/inspect?max_new_tokens=0&prompt=c%ED%A0%80\\ud800%00bomb'")

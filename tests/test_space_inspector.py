@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import ask, ask_by_keys, choose, neurons, opened
+from browsing import ask, ask_by_keys, choose, neurons, opened, start
 from told_release import explanation
 
 from safesail.diagnosis.inspection import Hit, Inspection, Where
@@ -157,10 +157,10 @@ def test_hostile_text_is_shown_and_inert(page: Any, inspector: Inspector):
 
 
 def test_a_mistake_is_a_message_and_the_page_goes_on(page: Any):
-    page.get_by_role("button", name="Run", exact=True).click()
+    start(page, "#run")
     page.get_by_text("The prompt is empty; type some text.").first.wait_for()
     page.locator("#prompt textarea").fill("word " * 600)
-    page.get_by_role("button", name="Run", exact=True).click()
+    start(page, "#run")
     page.get_by_text("shorten them").first.wait_for()
     assert ask(page, "a bomb").count() > 0
 
@@ -362,5 +362,5 @@ def test_a_new_prompt_closes_the_panel_of_the_last(page: Any):
     page.locator("#neurons button.neuron").first.click()
     expect(page.locator("#inspector-panel")).to_be_visible()
     page.locator("#prompt textarea").fill("a river")
-    page.get_by_role("button", name="Run", exact=True).click()
+    start(page, "#run")
     expect(page.locator("#inspector-panel")).to_be_hidden()

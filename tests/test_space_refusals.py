@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from browsing import ask, cells, neurons, open_tab, opened, serving
+from browsing import ask, cells, neurons, open_tab, opened, serving, start
 from hub_double import HubDouble
 
 from safesail.assets import asset
@@ -185,7 +185,6 @@ def test_a_language_without_an_explanation_falls_back_and_says_so(page: Any, cli
 
 def test_an_empty_and_a_too_long_prompt(page: Any) -> None:
     page.get_by_text("Up to 512 tokens, answer included.").wait_for()
-    run = page.get_by_role("button", name="Run", exact=True)
     for prompt, sentence in (
         ("", "The prompt is empty; type some text."),
         (" \n\t ", "The prompt is empty; type some text."),
@@ -193,7 +192,7 @@ def test_an_empty_and_a_too_long_prompt(page: Any) -> None:
         ("x" * 10_241, "The prompt has 10,241 characters; the limit is 10,240."),
     ):
         page.locator("#prompt textarea").fill(prompt)
-        run.click()
+        start(page, "#run")
         page.locator("#strip", has_text=sentence).wait_for()
         page.get_by_test_id("toast-text").filter(has_text=sentence).first.wait_for()
         page.locator("#neurons").wait_for(state="hidden")
@@ -359,13 +358,13 @@ def test_a_visitor_too_many_is_told_at_once_and_nobody_else_is_lost(
         page = browser.new_page()
         page.goto(address)
         page.locator("#prompt textarea").fill("a bomb")
-        page.get_by_role("button", name="Run", exact=True).click()
+        start(page, "#run")
         busy = page.get_by_test_id("toast-text").filter(has_text="currently busy. Please try again.")
         tokens = page.locator("#strip button")
         busy.wait_for()
         go.touch()
         ids = inspector.inspect([{"role": "user", "content": "a bomb"}]).ids
         assert [answered(address, event)["ids"] for event in events] == [ids] * len(events)
-        page.get_by_role("button", name="Run", exact=True).click()
+        start(page, "#run")
         tokens.first.wait_for()
         page.close()

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browsing import cells, opened, serving
+from browsing import cells, opened, serving, start
 from small_reward_release import HOSTILE, made_once
 
 from safesail.errors import InputError
@@ -64,7 +64,7 @@ def compared(page: Any, prompt: str = PROMPT, chosen: str = CHOSEN, rejected: st
     """Type a pair and wait for what is shown of it."""
     for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
         page.locator(f"#reward-{name} textarea").fill(text)
-    page.locator("#compare-pair").click()
+    start(page, "#compare-pair")
     return page.locator("#reward-result")
 
 

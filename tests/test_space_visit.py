@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from browsing import ask, ask_by_keys, neurons, open_tab, opened, serving
+from browsing import ask, ask_by_keys, neurons, open_tab, opened, serving, start
 
 from safesail.diagnosis.inspection import Inspection
 from safesail.diagnosis.inspector import Inspector
@@ -323,7 +323,7 @@ def test_two_visitors_at_once_never_see_each_other(browser: Any, address: str, p
         for visitor, secret in ((page, "kumquat"), (other, "marzipan")):
             visitor.locator("#prompt textarea").fill(f"The president saw a {secret}.")
         for visitor in (page, other):
-            visitor.get_by_role("button", name="Run", exact=True).click()
+            start(visitor, "#run")
         for visitor in (page, other):
             visitor.locator("#strip .section.answer").wait_for()
         only_its_own(page, "kumquat", "marzipan")
