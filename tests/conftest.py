@@ -39,7 +39,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.failed and "browser" in getattr(item, "fixturenames", ()):
         from browsing import seen_at_failure
 
-        report.sections.append(("pages", seen_at_failure()))
+        if seen := seen_at_failure():
+            report.sections.append(("pages", seen))
     return report
 
 
@@ -147,7 +148,8 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     letters = [prefix + letter for prefix in ("", "##") for letter in string.ascii_lowercase + string.digits]
     words = Counter(re.findall("[a-z]{2,}", texts.read_text().lower()))
-    pieces = [*specials, *letters, *sorted(words, key=lambda word: (-words[word], word))[:300]]  # training is by chance
+    # the most frequent words, since the training of tokenizers breaks ties by chance, in each process another way
+    pieces = [*specials, *letters, *sorted(words, key=lambda word: (-words[word], word))[:300]]
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -1,7 +1,7 @@
 """The Inspector tab in a browser: a prompt, its tokens, their neurons, the filters, and a neuron's panel."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,17 +207,23 @@ def test_the_hook_point_narrows_colours_and_table(page: Any, inspection: Inspect
     assert pressed(page) == [str(busiest)]
 
 
-def test_a_filters_late_answer_does_not_undo_a_click(page: Any, inspection: Inspection, busiest: int):
-    ask(page, PROMPT)
-    late: list[tuple[Any, Any]] = []
-    page.route("**/gradio_api/run/**", lambda route: late.append((route, route.fetch())), times=1)
+def late_colours(page: Any) -> Callable[[], None]:
+    """Choose layers.1.mlp as hook point and hold the server's answer back; gives what lets it through."""
+    held: list[tuple[Any, Any]] = []
+    page.route("**/gradio_api/run/**", lambda route: held.append((route, route.fetch())), times=1)
     page.get_by_label("Hook point").locator("visible=true").click()
     page.get_by_role("option", name="layers.1.mlp").click()
-    while not late:
+    while not held:
         page.wait_for_timeout(20)
+    route, answer = held[0]
+    return lambda: route.fulfill(response=answer)
+
+
+def test_a_filters_late_answer_does_not_undo_a_click(page: Any, inspection: Inspection, busiest: int):
+    ask(page, PROMPT)
+    give = late_colours(page)
     select(page, busiest)
-    route, answer = late[0]
-    route.fulfill(response=answer)
+    give()
     expect_strengths(page, inspection.strengths(Where(hook_point="layers.1.mlp", above=0.2)))
     expect_hits(page, inspection.hits(busiest, Where(hook_point="layers.1.mlp"), explained_only=True))
     wait_for_token(page, busiest)
@@ -226,15 +232,9 @@ def test_a_filters_late_answer_does_not_undo_a_click(page: Any, inspection: Insp
 
 def test_other_colours_leave_the_focus_on_its_token(page: Any, inspection: Inspection, busiest: int):
     ask(page, PROMPT)
-    late: list[tuple[Any, Any]] = []
-    page.route("**/gradio_api/run/**", lambda route: late.append((route, route.fetch())), times=1)
-    page.get_by_label("Hook point").locator("visible=true").click()
-    page.get_by_role("option", name="layers.1.mlp").click()
-    while not late:
-        page.wait_for_timeout(20)
+    give = late_colours(page)
     page.locator("#strip button").nth(busiest).focus()
-    route, answer = late[0]
-    route.fulfill(response=answer)
+    give()
     expect_strengths(page, inspection.strengths(Where(hook_point="layers.1.mlp", above=0.2)))
     assert page.evaluate("document.activeElement.dataset.index") == str(busiest)
 
