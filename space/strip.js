@@ -78,8 +78,9 @@ function render() {
   strip.replaceChildren(...sections.map(sectionOf));
   if (!sections.length) strip.textContent = message;
   mark(recoloured && clicked >= 0 ? clicked : selected);
-  if (recoloured) select(marked());
-  if (recoloured && focused >= 0) buttons()[focused].focus(); // the button that had it is gone
+  if (!recoloured) return;
+  select(marked());
+  buttons()[focused]?.focus({ preventScroll: true }); // the button that had it is gone
 }
 
 strip.addEventListener("click", (event) => {
